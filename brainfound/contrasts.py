@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import PurePath
 
 from brainfound.errors import UsageError, did_you_mean
 
@@ -28,7 +27,7 @@ class Contrast:
 _T1CE_ALIASES = ("t1c", "t1ce", "t1gd", "t1post", "t1cw", "t1wce", "t1wc", "t1km")
 _FLAIR_ALIASES = ("flair", "t2f", "t2flair", "flairw", "fl")
 _TABLE = (
-    Contrast("T1w", ("T1w",), ("t1", "t1n", "t1w", "mprage", "spgr", "mp2rage"), "T1-weighted"),
+    Contrast("T1w", ("T1w", "UNIT1"), ("t1", "t1n", "t1w", "mprage", "spgr", "mp2rage", "unit1"), "T1-weighted"),
     Contrast("T1ce", ("T1ce",), _T1CE_ALIASES, "T1-weighted after a gadolinium contrast agent"),
     Contrast("T2w", ("T2w",), ("t2", "t2w"), "T2-weighted"),
     Contrast("FLAIR", ("FLAIR",), _FLAIR_ALIASES, "T2-weighted with fluid-attenuated inversion recovery"),
@@ -43,8 +42,6 @@ _TABLE = (
 
 CONTRASTS: dict[str, Contrast] = {contrast.name: contrast for contrast in _TABLE}
 _BY_ALIAS = {alias: c.name for c in _TABLE for alias in (c.name.lower(), *c.aliases)}
-_BY_SUFFIX = {suffix: c.name for c in _TABLE for suffix in c.bids_suffixes}
-_FILE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".img", ".hdr")
 
 
 def _squeeze(text: str) -> str:
@@ -74,25 +71,3 @@ def parse_contrasts(names: str | Iterable[str]) -> tuple[str, ...]:
         return tuple(parse_contrast(str(name)) for name in (names.split(",") if isinstance(names, str) else names))
     except UsageError as error:
         raise ValueError(str(error)) from None
-
-
-def contrast_from_filename(path: str | PurePath) -> str:
-    """The contrast that a file name states, or ``"unknown"``.
-
-    A BIDS name is read by its suffix (``…_FLAIR.nii.gz``) and its ``ce-`` entity; any other name by its last part that
-    is a known alias (``patient_t1c_2.nii.gz``, ``dwi_b1000.nii.gz``, ``t2-flair.nii``).
-    """
-    name = PurePath(path).name
-    suffix = next((suffix for suffix in _FILE_SUFFIXES if name.lower().endswith(suffix)), "")
-    name = name[: len(name) - len(suffix)]
-    if contrast := _BY_SUFFIX.get(name.rsplit("_", 1)[-1]):
-        enhanced = re.search(r"(?:^|_)ce-(?!none)[A-Za-z0-9]+", name)
-        return "T1ce" if contrast == "T1w" and enhanced else contrast
-    parts = [_squeeze(part) for part in re.split(r"[_\-. ]+", name)]
-    # Pairs of parts first (t2_flair, dwi_b1000), then single ones. The last match wins: identifiers come first.
-    for width in (2, 1):
-        for end in range(len(parts), width - 1, -1):
-            joined = "".join(parts[end - width : end])
-            if joined in _BY_ALIAS and joined != "scan":
-                return _BY_ALIAS[joined]
-    return UNKNOWN

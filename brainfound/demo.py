@@ -191,7 +191,7 @@ def _predict(out: Path, cohort: Path, store: Store) -> None:
     sessions = [s for s in Cohort.read(cohort).sessions() if s.subject in held_out]
     session = next(s for s in sessions if s.covariates["diagnosis"] == "tumour")
     predictor = load(run)
-    predictor.predict_session(session).save(out / "predictions")
+    predictor.predict_session(session).save(out / "predictions", overwrite=True)
     index = store.sessions["subject"].tolist().index(session.subject)
     stack = store[index]
     classes = infer(predictor.model, stack).classes

@@ -7,7 +7,8 @@ line prints it and exits with the exception's code (3: some inputs were rejected
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 EXIT_FAILED, EXIT_USAGE, EXIT_SOME_REJECTED = 1, 2, 3
 
@@ -63,6 +64,12 @@ class ScanError(BrainFoundError):
     """One scan cannot be used; the others can."""
 
 
+class RefusedInputError(ScanError):
+    """A session is unfit for the model, and an answer was not wanted then (exit code 3)."""
+
+    exit_code = EXIT_SOME_REJECTED
+
+
 class CohortError(BrainFoundError):
     """A source folder or manifest cannot be read as a cohort."""
 
@@ -100,3 +107,21 @@ def closest_name(name: str, known: Iterable[str]) -> str | None:
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
     close += [k for k in lower if len(name) > 2 and k.startswith(name.lower())]
     return lower[close[0]] if close else None
+
+
+def closest_folder(path: str | Path, fits: Callable[[Path], bool] = Path.is_dir) -> Path | None:
+    """The existing folder that a user most likely meant by a path: parts that do not exist become the nearest names."""
+    path = Path(path)
+    found = Path(path.anchor)
+    for parent, part in zip(path.parents[::-1], path.relative_to(found).parts, strict=True):
+        wanted = fits if parent == path.parent else Path.is_dir
+        if not (found / part).exists():
+            try:
+                names = [file.name for file in found.iterdir() if not file.name.startswith(".") and wanted(file)]
+            except OSError:
+                return None
+            part = closest_name(part, names) or ""
+        if not part:
+            return None
+        found /= part
+    return found if fits(found) else None

@@ -247,8 +247,7 @@ def _recipe_error(recipe: type[Recipe], error: ValidationError, source: _Source)
     first, path = errors[0]
     where = source.locate(path.keys, first["loc"], known_key=first["type"] != "extra_forbidden")
     if first["type"] == "extra_forbidden":
-        known = [name for model in path.models for name in model.model_fields]
-        return RecipeError("unknown key", where=where, remedy=did_you_mean(path.keys[-1], known))
+        return RecipeError("unknown key", where=where, remedy=_suggest_key(recipe, path))
     if first["type"] == "union_tag_invalid":
         tag, choice = first["ctx"]["tag"], first["ctx"]["discriminator"].strip("'")
         known = [kind.strip(" '") for kind in first["ctx"]["expected_tags"].split(",")]
@@ -279,6 +278,26 @@ def _preset_error(name: str, presets: Iterable[str], where: str) -> RecipeError:
 def _suggestion(name: str, known: Iterable[str]) -> str | None:
     close = closest_name(name, known)
     return f"Did you mean {close}?" if close else None
+
+
+def _suggest_key(recipe: type[BaseModel], path: _ErrorPath) -> str:
+    """The key that was meant, as it is written: of that name in another group, or of a near name in this one."""
+    *groups, last = path.keys
+    known = [name for model in path.models for name in model.model_fields]
+    written = ".".join(path.keys)  # a key of another kind of the same group
+    elsewhere = [key for key in _list_keys(recipe) if key.rpartition(".")[2] == last and key != written]
+    close = closest_name(last, known)
+    if len(elsewhere) == 1 or (elsewhere and close is None):
+        return f"Did you mean {' or '.join(elsewhere)}?"
+    return f"Did you mean {'.'.join([*groups, close])}?" if close else did_you_mean(last, known)
+
+
+def _list_keys(model: type[BaseModel], before: tuple[str, ...] = ()) -> list[str]:
+    """Every key of a recipe as users write it, ``engine.steps``."""
+    keys = [".".join((*before, name)) for name in model.model_fields]
+    for name, field in model.model_fields.items():
+        keys += [key for group in _models_in(field.annotation) for key in _list_keys(group, (*before, name))]
+    return list(dict.fromkeys(keys))
 
 
 class _ErrorPath(NamedTuple):

@@ -8,7 +8,16 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "brainfound"
 FLOORS = (
-    *({"errors"}, {"contrasts"}, {"recipes"}, {"data"}, {"phantom"}, {"models", "metrics"}, {"report"}, {"adapters"}),
+    *(
+        {"errors", "hub"},
+        {"contrasts"},
+        {"recipes"},
+        {"data"},
+        {"phantom"},
+        {"models", "metrics"},
+        {"report"},
+        {"adapters"},
+    ),
     *({"training"}, {"pretraining", "finetuning"}, {"experiments"}, {"inference"}, {"demo"}, {"cli"}, {"", "__main__"}),
 )
 """From the lowest to the highest; rooms of one floor do not import each other."""

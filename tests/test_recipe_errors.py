@@ -23,8 +23,11 @@ def message(content: dict, *overrides: str) -> str:
     ("override", "expected"),
     [
         ("engin.steps=2", "--set engin: unknown key. Did you mean engine?"),
-        ("engine.stps=2", "--set engine.stps: unknown key. Did you mean steps?"),
-        ("engine={stps: 2}", "--set engine.stps: unknown key. Did you mean steps?"),
+        ("engine.stps=2", "--set engine.stps: unknown key. Did you mean engine.steps?"),
+        ("steps=2", "--set steps: unknown key. Did you mean engine.steps?"),
+        ("optim.steps=2", "--set optim.steps: unknown key. Did you mean engine.steps?"),
+        ("optim.lrr=2", "--set optim.lrr: unknown key. Did you mean optim.lr?"),
+        ("engine={stps: 2}", "--set engine.stps: unknown key. Did you mean engine.steps?"),
         ("engine.steps=many", "--set engine.steps: Input should be a valid integer"),
         ("views.local_scale=[0.5, 0.1]", "--set views.local_scale: local_scale must be two increasing"),
         ("objective.kind=hybird", "--set objective.kind: unknown kind 'hybird'. Did you mean hybrid?"),

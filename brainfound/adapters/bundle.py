@@ -7,6 +7,7 @@ Hub id with a hash of its weights, but no pickles. A new bundle is loaded again 
     config.json            the model's configuration
     preprocessing.json     the preprocessing of the scans
     input_contract.json    statistics of the scans (optional)
+    training_history.json  hashes of the subjects of every training (optional)
     adapter_config.json, adapter_model.safetensors   the low-rank updates and the modules trained with them
     trained.safetensors    instead of an adapter: the trained weights, if the encoder stayed frozen
     model.safetensors      instead of both: all weights, if the encoder itself was trained
@@ -45,6 +46,7 @@ from brainfound.adapters.bundle_reader import (
 from brainfound.adapters.low_rank import convert_pissa_to_lora, principal_start
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.splits.training_history import TrainingHistory
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.models.hub import is_hub_id, silence_transformers
@@ -68,6 +70,7 @@ def save_bundle(
     metadata: Mapping[str, Any] | None = None,
     card: Mapping[str, Any] | None = None,
     baseline: Mapping[str, Tensor] | None = None,
+    history: TrainingHistory | None = None,
     example: Mapping[str, Tensor] | None = None,
     copy_base: bool = False,
     overwrite: bool = False,
@@ -82,6 +85,7 @@ def save_bundle(
         metadata: further plain values (metrics, the data's hash).
         card: facts for a model card (see `brainfound.report.cards`); None writes no card.
         baseline: the linear model on the untouched encoder.
+        history: the subjects of every training of the weights.
         example: inputs of the model for the comparison; None uses small random ones.
         copy_base: put the base into the bundle even if it came from the Hub.
         overwrite: replace an existing bundle.
@@ -102,6 +106,8 @@ def save_bundle(
     try:
         if contract is not None:
             contract.save(draft)
+        if history is not None:
+            history.save(draft)
         if baseline:
             save_file({name: tensor.contiguous() for name, tensor in baseline.items()}, draft / BASELINE_FILE)
         preprocessing.save(draft)

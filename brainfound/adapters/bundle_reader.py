@@ -30,7 +30,7 @@ from brainfound.models import (
     BrainFoundModel,
 )
 from brainfound.models.backbones import load_backbone
-from brainfound.models.hub import LOAD_FAILURES, first_line, list_keys
+from brainfound.models.hub import LOAD_FAILURES, first_line, list_keys, require_finite
 from brainfound.models.infer import unwrap_peft
 
 
@@ -224,9 +224,11 @@ def _load_base(kind: type[Any], config: BrainFoundConfig, base: dict[str, Any], 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except LOAD_FAILURES as error:
         raise _unreadable("weights", path, error) from error
+    require_finite(path, tensors)
+    return tensors
 
 
 def _load_adapter(model: Any, folder: Path) -> PeftModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from brainfound.cli.predict import IMAGES
-from brainfound.cli.terminal import AsJson, Hooks, KeepIds, Quiet, print_note, print_table, progress_bar
+from brainfound.cli.terminal import (
+    AsJson,
+    Hooks,
+    KeepIds,
+    Quiet,
+    note_absent_contrasts,
+    print_note,
+    print_table,
+    progress_bar,
+)
 from brainfound.errors import EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
@@ -23,8 +33,13 @@ if TYPE_CHECKING:
     from brainfound.data.preprocessing.settings import Preprocessing
     from brainfound.data.store.contact_sheet import SessionCard
 
-LEVEL_SYMBOLS = {"ok": "✓", "note": "·", "warn": "!", "fail": "✗", None: ""}
-COLUMN_LABELS = {"contrast": "name", "file": "read", "orientation": "orient", "intensity": "values"}
+COLUMN_LABELS = {
+    "contrast": "name",
+    "file": "read",
+    "orientation": "orient",
+    "intensity": "values",
+    "position": "place",
+}
 """Short column titles of checks."""
 MAX_CARDS = 60
 """Maximum number of sessions in the picture."""
@@ -54,6 +69,9 @@ def check(
     hooks = load_hooks(hook or ())
     preprocessing, contract = _load_contract(model, contrasts)
     sessions, are_files = _sessions(source, preprocessing)
+    if contrasts is not None:
+        there = Counter(contrast for session in sessions for contrast in session.scans)
+        note_absent_contrasts(preprocessing.contrasts, there)
     report = _Report(keep_ids or are_files, are_files, with_cards=png is not None)
     with progress_bar("checking sessions", quiet or as_json) as progress:
         report.add_all(sessions, preprocessing, contract, hooks, progress)
@@ -64,7 +82,7 @@ def check(
     else:
         report.show()
     if model is not None and not contract.is_measured:
-        print_note("the model carries no input contract: only what its preprocessing says was checked")
+        print_note("the model carries no input contract: only its preprocessing was checked, the position not compared")
     if contract.hooks and not hooks:
         print_note(f"the model's scans went through {', '.join(contract.hooks)} first; these were checked as they are")
     if report.has_failed:
@@ -155,7 +173,7 @@ class _Report:
         return card_from_stack(checked.stack, self._label(row, checked), notes, refused)
 
     def show(self) -> None:
-        from brainfound.data.checking.rules import SCAN_CHECKS, SESSION_CHECKS
+        from brainfound.data.checking.rules import LEVEL_SYMBOLS, SCAN_CHECKS, SESSION_CHECKS
 
         names = ("file",) if self.with_names else ()
         rows = []
@@ -176,7 +194,7 @@ class _Report:
 
     def _problems(self) -> list[str]:
         """One line per distinct problem, worst first: count, example and remedy."""
-        from brainfound.data.checking.rules import LEVELS
+        from brainfound.data.checking.rules import LEVEL_SYMBOLS, LEVELS
 
         groups: dict[tuple[str, str, str], list[str]] = {}
         for session in self.sessions:
@@ -204,6 +222,7 @@ class _Report:
 
     def facts(self, contract: InputContract) -> dict[str, Any]:
         from brainfound.data.checking.check import scan_to_dict
+        from brainfound.data.checking.rules import LEVELS
 
         listed = []
         for row, session in enumerate(self.sessions):
@@ -218,9 +237,9 @@ class _Report:
                 }
             )
         return {
-            "level": max((s.level for s in self.sessions), key=list(LEVEL_SYMBOLS).index, default="ok"),
+            "level": max((s.level for s in self.sessions), key=LEVELS.index, default="ok"),
             "has_contract": contract.is_measured,
-            "contract": contract.model_dump(mode="json"),
+            "contract": contract.model_dump(mode="json", exclude={"mean_stack"}),
             "sessions": listed,
         }
 
@@ -239,7 +258,7 @@ def _warning_messages(findings: Iterable[Finding]) -> tuple[str, ...]:
 
 
 def _sign(findings: tuple[Finding, ...], name: str) -> str:
-    from brainfound.data.checking.rules import worst_level
+    from brainfound.data.checking.rules import LEVEL_SYMBOLS, worst_level
 
     matching = [finding for finding in findings if finding.check == name]
     return LEVEL_SYMBOLS[worst_level(matching)] if matching else ""

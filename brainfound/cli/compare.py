@@ -14,7 +14,7 @@ from brainfound.cli.terminal import AsJson, describe_intervals, parse_list, prin
 if TYPE_CHECKING:
     import pandas as pd
 
-NUM_RESAMPLES, NUM_PERMUTATIONS, CONFIDENCE = 2000, 5000, 0.95
+NUM_PERMUTATIONS = 5000
 
 
 def compare(
@@ -36,6 +36,7 @@ def compare(
     from brainfound.experiments.compared_runs import read_compared_runs
     from brainfound.metrics.comparison import compare as compare_with_first
     from brainfound.metrics.comparison import compare_pairs, score_intervals
+    from brainfound.metrics.statistics import CONFIDENCE, NUM_RESAMPLES
 
     compared = read_compared_runs(runs, frozen=frozen)
     systems, chosen = compared.systems, parse_list(metrics) if metrics else compared.metrics
@@ -89,7 +90,9 @@ def _print(
         difference = f"difference from {content['against']}"
         columns = ["score", "system", "value", "subjects", difference, *_test_columns(rows)]
         print_table(columns, [[*_score_cells(row), *_test_cells(row, rows)] for row in rows], title)
-    print(describe_intervals(min(subjects, default=0), max(subjects, default=0), CONFIDENCE, NUM_RESAMPLES))
+    scored = [row for row in rows if row["value"] is not None]
+    if line := describe_intervals(scored, content["confidence"], content["num_resamples"]):
+        print(line)
     num_tests = len(pairs or rows) // max(len(metrics), 1) - (0 if pairs else 1)
     print(
         f"p: two-sided paired permutation test that exchanges systems within subjects; Holm: corrected over "

@@ -43,7 +43,7 @@ def demo(
             )
             for row in rows
         ],
-        title=f"{rows[0].num_test} held-out subjects of a phantom cohort",
+        title=f"{rows[0].num_test} subjects of a phantom cohort, held out of the fine-tuning",
     )
     print(
         "trivial: knows the training labels and never looks at an image."

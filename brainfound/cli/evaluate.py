@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -146,23 +147,40 @@ def probe(
 ) -> None:
     """Probe frozen embeddings for a label and the site, with linear models cross-validated by subject.
 
+    A column that cannot be probed, such as a single site, is left out with a note.
+
     Where subjects have two sessions, also test-retest reliability (ICC), and how often the nearest other session
     belongs to the same subject.
     """
     from brainfound.inference.probing import probe as run
+    from brainfound.metrics.statistics import explain_missing_interval
 
     with progress_bar("embedding sessions", quiet) as progress:
-        result = run(model, data, label, site=site, num_slices=slices, seed=seed, cache=cache, progress=progress)
+        result = run(
+            model,
+            data,
+            label,
+            site=site,
+            num_slices=slices,
+            seed=seed,
+            cache=cache,
+            progress=progress,
+            notify=print_note,
+        )
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
         return
     rows = []
     if result.probed is not None:
         scores, sessions = result.probed, str(result.num_probed)
-        metric = {"balanced_accuracy": "balanced accuracy", "r2": "R²"}[scores.label_metric]
+        metric = {"balanced_accuracy": "balanced accuracy", "r2": "R²", None: ""}[scores.label_metric]
         rows += [
-            [str(label), metric, _with_interval(scores.label), format_number(scores.label_chance), sessions],
-            [site, "balanced accuracy", _with_interval(scores.site), format_number(scores.site_chance), sessions],
+            [name, metric_name, _with_interval(interval), format_number(chance), sessions]
+            for name, metric_name, interval, chance in (
+                (str(label), metric, scores.label, scores.label_chance),
+                (site, "balanced accuracy", scores.site, scores.site_chance),
+            )
+            if interval is not None
         ]
     if result.retest is not None:
         sessions = str(2 * result.retest.num_subjects)
@@ -174,7 +192,11 @@ def probe(
     print_table(
         ["what they tell", "score", "value (95% interval)", "knowing nothing", "sessions"], rows, title=str(model)
     )
+    intervals = [] if result.probed is None else [result.probed.label, result.probed.site]
+    if missing := [own.num_subjects for own in intervals if own is not None and math.isnan(own.low)]:
+        print(explain_missing_interval(min(missing)))
 
 
 def _with_interval(interval: Interval) -> str:
-    return f"{format_number(interval.estimate)} ({format_number(interval.low)} to {format_number(interval.high)})"
+    ends = "" if math.isnan(interval.low) else f" ({format_number(interval.low)} to {format_number(interval.high)})"
+    return f"{format_number(interval.estimate)}{ends}"

@@ -16,6 +16,7 @@ from brainfound.cli.terminal import (
     parse_counts,
     parse_list,
     print_table,
+    require_new_run,
     scores_line,
 )
 from brainfound.errors import UsageError
@@ -64,6 +65,7 @@ def finetune(
     --partial-input, or several --model or --adapter, start many runs and write a page, report.md, with scores, spread
     and comparison.
     """
+    require_new_run(out, recipe, resume)
     from brainfound.experiments.systems import parse_systems
 
     systems = parse_systems(model, adapter or ())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from brainfound.cli.terminal import AsJson
-from brainfound.errors import UsageError, did_you_mean
+from brainfound.errors import EXIT_SOME_REJECTED, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from brainfound.data.cohort import Cohort, Session
@@ -68,7 +68,8 @@ def _contrasts() -> list[dict[str, str]]:
 def _list_cohort(path: Path | None, *, sessions: bool, as_json: bool) -> None:
     """Print the summary of a source, and with ``sessions`` a line per session; JSON always has both.
 
-    The summary holds no names of subjects or files; the lines per session and the JSON do.
+    The summary holds no names of subjects or files; the lines per session and the JSON do. Exit code 3 if a data set of
+    a collection cannot be read.
     """
     from brainfound.data.cohort import Cohort
 
@@ -79,15 +80,18 @@ def _list_cohort(path: Path | None, *, sessions: bool, as_json: bool) -> None:
         summary = summarise_cohort(cohort)
         rows = session_rows(cohort) if sessions or as_json else []
     if as_json:
-        unused = [{"file": str(file), "reason": reason} for file, reason in cohort.unused]
-        print(json.dumps({**summary, "sessions": rows, "unused_files": unused}, indent=1))
-        return
-    for line in _lines(summary):
-        print(line)
-    if sessions:
-        print()
-        for row in rows:
-            print("  ".join(_cell(value) for value in row.values() if value not in ("", None, [])))
+        lists = {"unused_files": cohort.unused, "rejected": cohort.rejected}
+        files = {key: [{"file": str(file), "reason": why} for file, why in rows] for key, rows in lists.items()}
+        print(json.dumps({**summary, "sessions": rows, **files}, indent=1))
+    else:
+        for line in _lines(summary):
+            print(line)
+        if sessions:
+            print()
+            for row in rows:
+                print("  ".join(_cell(value) for value in row.values() if value not in ("", None, [])))
+    if cohort.rejected:
+        raise typer.Exit(EXIT_SOME_REJECTED)
 
 
 def summarise_cohort(cohort: Cohort) -> dict[str, Any]:
@@ -144,18 +148,21 @@ def session_rows(cohort: Cohort) -> list[dict[str, Any]]:
 
 
 def _lines(summary: dict[str, Any]) -> list[str]:
+    from brainfound.data.sources.tables import count_noun
+
     ages, missing = summary["age_years"], summary["sessions_without_age"]
     known = f"{ages['min']:g}–{ages['max']:g} years, median {ages['median']:g}" if ages else "not known"
     lines = [
         ("layout", summary["layout"]),
         (
             "subjects",
-            f"{summary['num_subjects']}, in {summary['num_sessions']} sessions with {summary['num_scans']} scans",
+            f"{summary['num_subjects']}, in {count_noun(summary['num_sessions'], 'session')} "
+            f"with {count_noun(summary['num_scans'], 'scan')}",
         ),
         ("scans", _counts(summary["scans_of_contrast"])),
         ("sessions with", _counts(summary["sessions_with"])),
         ("further scans", f"{summary['num_further_scans']} of a contrast that is there already"),
-        ("age", known + (f", {missing} sessions without" if ages and missing else "")),
+        ("age", known + (f", {count_noun(missing, 'session')} without" if ages and missing else "")),
         ("label maps", _counts(summary["label_maps"]) or "none"),
     ]
     for column in ("sex", "site", "diagnosis", "label", "field_strength_t", "manufacturer", "scanner"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from brainfound.cli.terminal import print_note
+from brainfound.cli.terminal import make_output_encodable, print_note
 from brainfound.errors import EXIT_FAILED, EXIT_USAGE, BrainFoundError
 
 VERBS = {
@@ -77,6 +77,7 @@ for _verb, _name in VERBS.items():
 
 def main() -> None:
     """Run the command line; errors that the user can fix end in one line and an exit code."""
+    make_output_encodable()
     if not sys.warnoptions:
         # These warnings are for programmers; whoever types a command can do nothing about them.
         warnings.simplefilter("ignore", FutureWarning)

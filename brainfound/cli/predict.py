@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,10 +12,15 @@ from brainfound.cli.terminal import Hooks, Quiet, parse_list, print_note, print_
 from brainfound.errors import EXIT_FAILED, EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
+    from brainfound.data.checking.rules import Level
     from brainfound.inference.cohort import Outcome
+    from brainfound.inference.explanation import Explanation
     from brainfound.inference.prediction import Prediction
     from brainfound.inference.predictor import Predictor
 
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Do not answer for a session that is unfit for the model (✗), but refuse it.")
+]
 IMAGES = (".nii", ".nii.gz", ".mgz", ".mgh", ".img", ".hdr")
 
 Inputs = Annotated[
@@ -33,19 +37,23 @@ def predict(
     flip: Annotated[bool, typer.Option("--flip", help="Segmentation: average with left and right exchanged.")] = False,
     overlap: Annotated[bool, typer.Option("--overlap", help="Segmentation: average over moved patch grids.")] = False,
     min_volume_mm3: Annotated[float, typer.Option(help="Segmentation: remove smaller pieces; 0 keeps all.")] = 0.0,
+    strict: Strict = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
     hook: Hooks = None,
     quiet: Quiet = False,
 ) -> None:
     """Predict one session or a whole cohort: a JSON each, and for segmentations a NIfTI on the input's own grid.
 
-    Exit code 3 if some sessions failed or some of their scans could not be used; the other sessions are written.
+    The scans are compared with those of the training, as by `check`: ✗ does not fit the model, ! needs a look. Exit
+    code 3 if something has a ✗, if some sessions failed, or if some scans could not be used.
     """
+    _require_new(inputs, out, ".json", overwrite)
     from brainfound.inference.loading import load
     from brainfound.inference.segmentation import SegmentationOptions
 
     options = SegmentationOptions(flips=flip, overlap=overlap, min_volume_mm3=min_volume_mm3)
-    _predict_inputs(load(model, device, hook or (), options), inputs, out, probabilities, overwrite, quiet)
+    predictor = load(model, device, hook or (), options).as_strict(strict)
+    _predict_inputs(predictor, inputs, out, probabilities, overwrite, quiet)
 
 
 def embed(
@@ -53,25 +61,30 @@ def embed(
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="Folder for the embeddings.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Predict again what exists.")] = False,
+    strict: Strict = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
     hook: Hooks = None,
     quiet: Quiet = False,
 ) -> None:
-    """Embed one session or a whole cohort: one vector (.npy) and a JSON each.
+    """Embed one session or a whole cohort: one vector (.npy) and a JSON each. Exit codes are those of predict.
 
     A classification or regression model gives the volume embedding that its head reads.
     """
+    _require_new(inputs, out, ".json", overwrite)
     from brainfound.inference.loading import load
 
-    _predict_inputs(load(model, device, hook or ()).as_encoder(), inputs, out, False, overwrite, quiet)
+    predictor = load(model, device, hook or ()).as_encoder().as_strict(strict)
+    _predict_inputs(predictor, inputs, out, False, overwrite, quiet)
 
 
 def _predict_inputs(
     predictor: Predictor, inputs: list[str], out: Path, probabilities: bool, overwrite: bool, quiet: bool
 ) -> None:
     """Predict one session or a cohort; write and print the answers."""
+    from brainfound.inference.cohort import Outcome
     from brainfound.inference.scans import parse_inputs
 
+    _note_missing_contract(predictor)
     paths, contrast_paths = parse_inputs(inputs)
     if is_cohort(paths, contrast_paths):
         from brainfound.inference.cohort import predict as predict_cohort
@@ -84,15 +97,29 @@ def _predict_inputs(
         return
     if probabilities and predictor.per_voxel:
         predictor = predictor.with_options(replace(predictor.options, class_probabilities=True))
-    name = _file_name(paths, contrast_paths)
-    if (out / f"{name}.json").exists() and not overwrite:
-        raise UsageError(
-            "an answer of this name is there already",
-            where=out / f"{name}.json",
-            remedy="Give another --out, or --overwrite",
-        )
     prediction = predictor.predict(*paths, **contrast_paths)
-    _print_files(prediction.save(out, name, probabilities=probabilities), prediction.notes)
+    name = _file_name(paths, contrast_paths)
+    files = prediction.save(out, name, probabilities=probabilities, overwrite=overwrite)
+    print(_summary(Outcome(prediction.subject, prediction.session, prediction)))
+    _print_files(files, prediction)
+
+
+def _require_new(inputs: list[str], out: Path, ending: str, overwrite: bool) -> None:
+    """Refuse files that do not exist, and to replace those of one session, before the model is loaded."""
+    from brainfound.data.reading.archives import require_given
+    from brainfound.inference.scans import parse_inputs
+
+    paths, contrast_paths = parse_inputs(inputs)
+    if is_cohort(paths, contrast_paths):
+        return
+    for path in (*paths, *contrast_paths.values()):
+        require_given(path)
+    if overwrite:
+        return
+    file = out / f"{_file_name(paths, contrast_paths)}{ending}"
+    if file.exists():
+        remedy = "Give another --out, or --overwrite"
+        raise UsageError("an answer of this name is there already", where=file, remedy=remedy)
 
 
 def is_cohort(paths: list[Path], contrast_paths: dict[str, Path]) -> bool:
@@ -100,28 +127,69 @@ def is_cohort(paths: list[Path], contrast_paths: dict[str, Path]) -> bool:
     return not contrast_paths and len(paths) == 1 and not paths[0].name.endswith(IMAGES)
 
 
+def _note_missing_contract(predictor: Predictor) -> None:
+    if predictor.contract is None:
+        print_note("the model carries no input contract: the scans are not compared with those of its training")
+
+
 def _file_name(paths: list[Path], contrast_paths: dict[str, Path]) -> str:
-    return [*paths, *contrast_paths.values()][0].name.split(".")[0]
+    from brainfound.inference.prediction import file_name_stem
+
+    return file_name_stem([*paths, *contrast_paths.values()][0])
 
 
-def _print_files(files: list[Path], notes: Iterable[str]) -> None:
+def _print_files(files: list[Path], result: Prediction | Explanation) -> None:
     for file in files:
         print(file)
-    for line in notes:
+    for line in result.notes:
         print_note(line)
+    if result.input_level == "fail":
+        print_note("✗ the scans are unfit for the model: do not use this answer; --strict refuses it")
+        raise typer.Exit(EXIT_SOME_REJECTED)
 
 
 def _report_cohort(title: str, outcomes: list[tuple[Outcome[Any], str]]) -> None:
-    """Print the table of outcomes and their summaries, report failures, and exit with the matching code if any."""
-    print_table(("subject", "session", title), [(o.subject, o.session, text) for o, text in outcomes])
-    failed = [o.reason for o, _ in outcomes if o.result is None and o.reason != "already done"]
+    """Print the table of outcomes with what the input contract found, report failures, and exit accordingly."""
+    from brainfound.data.checking.rules import LEVEL_SYMBOLS
+
+    rows = []
+    for outcome, text in outcomes:
+        level: Level | None = outcome.result.input_level if outcome.result is not None else None
+        found = _contract_notes(outcome)
+        more = f" (+{len(found) - 1})" if len(found) > 1 else ""
+        line = f"{found[0]}{more}" if found else LEVEL_SYMBOLS[level]
+        rows.append((outcome.subject, outcome.session, "refused" if outcome.refused else text, line))
+    print_table(("subject", "session", title, "input"), rows)
+    unfit = _report_contract([outcome for outcome, _ in outcomes])
+    failed = [o.reason for o, _ in outcomes if o.result is None and o.reason != "already done" and not o.refused]
     rejected = [(o.subject, line) for o, _ in outcomes if o.result is not None for line in o.result.rejected]
     if failed:
         print_note(f"{len(failed)} of {len(outcomes)} sessions could not be done; the first: {failed[0]}")
         raise typer.Exit(EXIT_FAILED if len(failed) == len(outcomes) else EXIT_SOME_REJECTED)
     if rejected:
         print_note(f"all sessions done, but {len(rejected)} scans rejected; the first: {': '.join(rejected[0])}")
+    if rejected or unfit:
         raise typer.Exit(EXIT_SOME_REJECTED)
+
+
+def _contract_notes(outcome: Outcome[Any]) -> list[str]:
+    """What the input contract found in a session, the gravest first."""
+    if outcome.refused:
+        return [f"✗ {outcome.reason}"]
+    notes = () if outcome.result is None else outcome.result.notes
+    return [line for line in notes if line.startswith(("✗ ", "! "))]
+
+
+def _report_contract(outcomes: list[Outcome[Any]]) -> int:
+    """Print how many sessions are unfit or need a look, with an example of each; returns the number of the unfit."""
+    unfit = [o for o in outcomes if o.refused or (o.result is not None and o.result.input_level == "fail")]
+    doubtful = [o for o in outcomes if o.result is not None and o.result.input_level == "warn"]
+    refused = f" ({count} refused)" if (count := sum(o.refused for o in outcomes)) else ""
+    for sessions, text in ((unfit, f"unfit for the model{refused}"), (doubtful, "in need of a look")):
+        if sessions:
+            first = _contract_notes(sessions[0])[0]
+            print_note(f"{len(sessions)} of {len(outcomes)} sessions {text}; the first: {first}")
+    return len(unfit)
 
 
 def _summary(outcome: Outcome[Prediction]) -> str:
@@ -156,6 +224,7 @@ def explain(
         str | None, typer.Option("--class", help="Follow the score of this class; default: the most probable one.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Explain again what exists.")] = False,
+    strict: Strict = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
     hook: Hooks = None,
     quiet: Quiet = False,
@@ -164,11 +233,13 @@ def explain(
 
     Explanations are not evidence: they do not show that an answer is right. Exit codes are those of predict.
     """
+    _require_new(inputs, out, "_explanation.json", overwrite)
     from brainfound.inference.explanation import choose_methods
     from brainfound.inference.loading import load
     from brainfound.inference.scans import parse_inputs
 
-    predictor = load(model, device, hook or ())
+    predictor = load(model, device, hook or ()).as_strict(strict)
+    _note_missing_contract(predictor)
     methods = choose_methods(
         predictor.model, predictor.target, None if method is None else parse_list(method), class_name
     )
@@ -183,4 +254,4 @@ def explain(
         _report_cohort("maps", [(o, o.reason or ", ".join(methods)) for o in outcomes])
         return
     explanation = predictor.explain(*paths, method=methods, class_name=class_name, **contrast_paths)
-    _print_files(explanation.save(out, _file_name(paths, contrast_paths)), explanation.notes)
+    _print_files(explanation.save(out, _file_name(paths, contrast_paths), overwrite=overwrite), explanation)

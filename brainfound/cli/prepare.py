@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from brainfound.cli.terminal import Hooks, KeepIds, Overrides, Quiet, print_note, progress_bar
-from brainfound.errors import EXIT_SOME_REJECTED
+from brainfound.cli.terminal import Hooks, KeepIds, Overrides, Quiet, note_absent_contrasts, print_note, progress_bar
+from brainfound.errors import EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
+    from brainfound.data.preprocessing.settings import Preprocessing
     from brainfound.data.store import Store
     from brainfound.data.store.executors import Executor
 
@@ -46,11 +47,15 @@ def prepare(
 
     overrides = list(set_ or [])
     content: dict[str, Any] = {}
+    model: Preprocessing | None = None
     if like is not None:
-        content = Preprocessing.load(like / "export" if (like / "export").is_dir() else like).model_dump(mode="json")
+        model = Preprocessing.load(like / "export" if (like / "export").is_dir() else like)
+        content = model.model_dump(mode="json")
     if contrasts:
         content["contrasts"] = [name.strip() for name in contrasts.split(",")]
     preprocessing = validate(Preprocessing, content, overrides, where="preprocessing")
+    if model is not None:
+        _require_alike(preprocessing, model)
     with progress_bar("preparing sessions", quiet) as progress:
         made = store_preparation.prepare(
             source,
@@ -67,7 +72,27 @@ def prepare(
             progress=progress,
         )
     print(made)
+    if contrasts or like is not None or any(text.partition("=")[0].strip() == "contrasts" for text in overrides):
+        note_absent_contrasts(made.contrasts, dict(zip(made.contrasts, made.present.sum(axis=0).tolist(), strict=True)))
     _report(made, store, keep_ids)
+
+
+def _require_alike(preprocessing: Preprocessing, model: Preprocessing) -> None:
+    """Raise a UsageError if other options ask for another preprocessing than that of --like."""
+    given, own = preprocessing.model_dump(mode="json"), model.model_dump(mode="json")
+    for name, value in given.items():
+        if value != own[name]:
+            raise UsageError(
+                "another option contradicts --like",
+                where=name,
+                got=_plain(value),
+                expected=_plain(own[name]),
+                remedy="Leave the option or --like out",
+            )
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _report(made: Store, folder: Path, keep_ids: bool) -> None:

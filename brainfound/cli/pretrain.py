@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from brainfound.cli.terminal import Overrides, Quiet
+from brainfound.cli.terminal import Overrides, Quiet, require_new_run
 
 
 def pretrain(
@@ -31,6 +31,8 @@ def pretrain(
     The run folder holds recipe, log, curves, checkpoints and, under export/, the teacher (for masked autoencoding the
     student).
     """
+    if not dry_run:
+        require_new_run(out, recipe, resume)
     from accelerate import PartialState
 
     from brainfound.pretraining.pretrain import pretrain as run

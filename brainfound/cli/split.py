@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def split(
     store: Annotated[Path, typer.Argument(help="The store whose subjects are divided.")],
     out: Annotated[Path, typer.Argument(help="The split file to write (.json).")],
-    test: Annotated[float, typer.Option(help="Share of subjects in the test part.")] = 0.2,
+    test: Annotated[float, typer.Option(help="Share of subjects in the test part; 0 if tested elsewhere.")] = 0.2,
     validation: Annotated[float, typer.Option(help="Share of subjects in the validation part; 0 for none.")] = 0.1,
     folds: Annotated[int | None, typer.Option(min=2, help="Cross-validation: fold-1, fold-2, ….")] = None,
     shots: Annotated[str | None, typer.Option(help="Training subjects per class of the target: 1,5,all.")] = None,

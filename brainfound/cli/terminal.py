@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import shlex
 import sys
@@ -36,10 +37,54 @@ Quiet = Annotated[
 ]
 Hooks = Annotated[
     list[str] | None,
-    typer.Option("--hook", help="A tool to run on each scan first: synthstrip, hd-bet, or a YAML file; repeatable."),
+    typer.Option(
+        "--hook", help="A tool to run on each scan first: deepbet, synthstrip, hd-bet, or a YAML file; repeatable."
+    ),
 ]
 KeepIds = Annotated[bool, typer.Option("--keep-ids", help="Show identifiers and file names in messages and pictures.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+_SIGNS = {
+    **{"×": "x", "✓": "ok", "✗": "X", "·": ".", "–": "-", "—": "-", "−": "-", "→": "->", "←": "<-", "…": "..."},
+    **{"²": "2", "³": "3", "±": "+-", "≤": "<=", "≥": ">=", "°": " deg", "µ": "u", "σ": "sigma", "∞": "inf"},
+    **{"━": "-", "╸": "-", "╺": "-", "─": "-", "•": "*"},
+}
+"""Sign → what stands for it where the terminal's encoding lacks it."""
+
+
+def _replace_signs(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError), "registered for output only"
+    signs = error.object[error.start : error.end]
+    return "".join(_SIGNS.get(sign) or ascii(sign)[1:-1] for sign in signs), error.end
+
+
+def make_output_encodable() -> None:
+    """Let standard output and error write every text, whatever the encoding of the terminal, pipe or file.
+
+    A sign that the encoding lacks is replaced by a plain one (× by x), another character by its escape (``\\xfc``).
+    A closed stream becomes the null device.
+    """
+    codecs.register_error("brainfound-signs", _replace_signs)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="brainfound-signs")
+
+
+def require_new_run(out: Path | None, recipe: str, resume: bool) -> None:
+    """Refuse a folder that holds a run at once, before torch is imported and data are read.
+
+    UsageError as from `brainfound.training.run_folder.lock_run_folder`, which checks the rest.
+    """
+    folder = out if out is not None else Path("runs") / Path(recipe).stem
+    if not resume and (folder / "recipe.yaml").is_file():
+        remedy = "Give --resume to go on, or another --out"
+        raise UsageError("this folder already holds a run", where=folder, remedy=remedy)
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError("a file is in the way of the run folder", where=out, remedy="Give another --out")
 
 
 def parse_list(text: str | None) -> list[str]:
@@ -79,6 +124,13 @@ def _without_folders(word: str) -> str:
 def print_note(line: str) -> None:
     """Print one line to standard error."""
     print("brainfound: " + " ".join(line.split()), file=sys.stderr)
+
+
+def note_absent_contrasts(wanted: Iterable[str], num_sessions: Mapping[str, int]) -> None:
+    """Print a note on wanted contrasts that no session has, given the number of sessions of each contrast."""
+    if absent := [name for name in wanted if not num_sessions.get(name)]:
+        there = ", ".join(f"{name} {count}" for name, count in num_sessions.items() if count)
+        print_note(f"no session has {' or '.join(absent)} (there are {there or 'none'})")
 
 
 @contextmanager
@@ -142,16 +194,26 @@ def intervals_line(results: Iterable[Mapping[str, Any]]) -> str | None:
     drawn = [result["intervals"] for result in results if result.get("intervals", {}).get("scores")]
     if not drawn:
         return None
-    counts = [ends["num_subjects"] for intervals in drawn for ends in intervals["scores"].values()]
-    return describe_intervals(min(counts), max(counts), drawn[0]["confidence"], drawn[0]["num_resamples"])
+    ends = [ends for intervals in drawn for ends in intervals["scores"].values()]
+    return describe_intervals(ends, drawn[0]["confidence"], drawn[0]["num_resamples"])
 
 
-def describe_intervals(fewest: int, most: int, confidence: float, num_resamples: int) -> str:
-    """How intervals were computed, with a warning for few subjects."""
-    subjects = str(most) if fewest == most else f"{fewest} to {most}"
-    line = f"[…]: {confidence:.0%} interval, bootstrap over {subjects} subjects, {num_resamples} resamples"
-    few = f"; fewer than {FEW_SUBJECTS} are too few to trust it" if fewest < FEW_SUBJECTS else ""
-    return line + few
+def describe_intervals(intervals: Iterable[Mapping[str, Any]], confidence: float, num_resamples: int) -> str:
+    """How intervals were computed, with a warning for few subjects, and why some are missing.
+
+    Each interval has ``low``, None where it is missing, and ``num_subjects``.
+    """
+    from brainfound.metrics.statistics import explain_missing_interval
+
+    intervals, parts = list(intervals), []
+    if counts := [own["num_subjects"] for own in intervals if own["low"] is not None]:
+        subjects = " to ".join(map(str, sorted({min(counts), max(counts)})))
+        parts.append(f"[…]: {confidence:.0%} interval, bootstrap over {subjects} subjects, {num_resamples} resamples")
+        if min(counts) < FEW_SUBJECTS:
+            parts.append(f"fewer than {FEW_SUBJECTS} are too few to trust it")
+    if missing := [own["num_subjects"] for own in intervals if own["low"] is None]:
+        parts.append(explain_missing_interval(min(missing), confidence))
+    return "; ".join(parts)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
@@ -163,5 +225,5 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     table = Table(*columns, title=title or None, box=SIMPLE, title_justify="left")
     for row in rows:
         table.add_row(*row)
-    width = None if sys.stdout.isatty() else 140
+    width = None if sys.stdout.isatty() else 150
     Console(width=width, highlight=False).print(table)

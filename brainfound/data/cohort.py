@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from brainfound.data.sources import read_source
-from brainfound.data.sources.tables import with_all_columns
+from brainfound.data.sources.tables import count_noun, with_all_columns
 from brainfound.errors import UsageError, did_you_mean
 
 _PER_SCAN = {"subject", "session", "contrast", "path"}
@@ -29,7 +29,26 @@ class Session:
     masks: dict[str, Path]
     """Label-map column → file."""
     extra_scans: tuple[tuple[str, Path], ...] = ()
-    """Further scans of contrasts in `scans`, in table order."""
+    """Further scans of contrasts in `scans`, in table order; they are tried where those before cannot be used."""
+
+    def candidates(self, contrasts: Iterable[str]) -> tuple[dict[str, list[Path]], list[tuple[str, Path, str]]]:
+        """Contrast → its scans in the order in which they are tried, and the files that are listed as two contrasts.
+
+        Each of the latter is ``(contrast, file, other contrast)``. A file counts for the first contrast that lists it
+        first, or else for the first that lists it.
+        """
+        wanted = [contrast for contrast in contrasts if contrast in self.scans]
+        claims: dict[Path, str] = {}
+        listed = [(contrast, self.scans[contrast]) for contrast in wanted]
+        listed += [(contrast, file) for contrast, file in self.extra_scans if contrast in wanted]
+        scans: dict[str, list[Path]] = {contrast: [] for contrast in wanted}
+        repeated: list[tuple[str, Path, str]] = []
+        for contrast, file in listed:
+            if claims.setdefault(file, contrast) != contrast:
+                repeated.append((contrast, file, claims[file]))
+            elif file not in scans[contrast]:
+                scans[contrast].append(file)
+        return {contrast: files for contrast, files in scans.items() if files}, repeated
 
 
 @dataclass(eq=False, repr=False)
@@ -38,12 +57,13 @@ class Cohort:
 
     Attributes:
         table: one row per scan, with `brainfound.data.sources.tables.COLUMNS` and further columns. If a session
-            has several scans of one contrast, the first is used.
+            has several scans of one contrast, the first that can be used is used.
         root: the folder to which the source's relative paths refer.
         mask_columns: the columns of label maps.
         source: the recognised layout ("BIDS", "manifest", "FOMO60K", …).
         notes: remarks from reading the source, without identifiers.
         unused: files that are not scans of the table, each with the reason.
+        rejected: data sets of a collection that cannot be read, each with the reason.
     """
 
     table: pd.DataFrame
@@ -52,6 +72,7 @@ class Cohort:
     source: str = "table"
     notes: Sequence[str] = ()
     unused: Sequence[tuple[Path, str]] = ()
+    rejected: Sequence[tuple[Path, str]] = ()
 
     def __post_init__(self) -> None:
         self.table = with_all_columns(self.table)
@@ -98,8 +119,8 @@ class Cohort:
     def __repr__(self) -> str:
         counts = ", ".join(f"{name} {count}" for name, count in self.table["contrast"].value_counts().items())
         unused = f"; {len(self.unused)} files unused" if self.unused else ""
-        subjects = self.table["subject"].nunique()
-        return f"Cohort({self.source}, {len(self)} sessions of {subjects} subjects: {counts}{unused})"
+        sessions, subjects = count_noun(len(self), "session"), count_noun(self.table["subject"].nunique(), "subject")
+        return f"Cohort({self.source}, {sessions} of {subjects}: {counts}{unused})"
 
 
 def _first_known(values: list[Any], rows: list[int]) -> Any:

@@ -154,6 +154,14 @@ BUILTIN_HOOKS: dict[str, Hook] = {
     hook.name: hook
     for hook in (
         Hook(name="synthstrip", command="mri_synthstrip -i {input} -o {output}", **_SYNTHSTRIP),
+        Hook(
+            name="deepbet",
+            step="skull_strip",
+            command="deepbet-cli -i {input} -o {output} --no_gpu",
+            contrasts=("T1w",),
+            citation="Fisch et al. 2024, Computers in Biology and Medicine 179:108845",
+            licence="MIT, weights included",
+        ),
         Hook(name="hd-bet", command="hd-bet -i {input} -o {output}", **_HD_BET),
         Hook(name="hd-bet-cpu", command="hd-bet -i {input} -o {output} -device cpu --disable_tta", **_HD_BET),
         Hook(
@@ -167,7 +175,7 @@ BUILTIN_HOOKS: dict[str, Hook] = {
         ),
     )
 }
-"""Hooks by name: SynthStrip, HD-BET version 2, and a rigid registration with FSL's FLIRT."""
+"""Hooks by name: SynthStrip, deepbet (the extra `strip`), HD-BET version 2, and a rigid registration with FLIRT."""
 
 
 def load_hooks(names_or_files: Iterable[str | Path | Hook]) -> tuple[Hook, ...]:
@@ -186,12 +194,19 @@ def load_hooks(names_or_files: Iterable[str | Path | Hook]) -> tuple[Hook, ...]:
         what, remedy = "registrations come after the other hooks", "Change the order"
         raise UsageError(what, where="hook", got=", ".join(names), remedy=remedy)
     for hook in hooks:
-        if shutil.which(hook.executable) is None:
+        if shutil.which(hook.executable, path=_search_path()) is None:
             what = f"the tool of the hook {hook.name} is not installed"
             expected = f"{Path(hook.executable).name} on the PATH"
             remedy = "Install it, or load its module, and try again"
+            if hook == BUILTIN_HOOKS["deepbet"]:
+                remedy = 'pip install "brainfound[strip]"'
             raise UsageError(what, where="hook", expected=expected, remedy=remedy)
     return hooks
+
+
+def _search_path() -> str:
+    """The PATH, and behind it the programs of this Python, whose environment need not be activated."""
+    return os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
 
 
 def _load_hook(item: str) -> Hook:
@@ -325,7 +340,7 @@ def _execute(hook: Hook, words: list[str], folder: Path, name: str) -> None:
     log, errors = folder / "stdout.txt", folder / "stderr.txt"
     # Isolated and without site packages: the guard starts fast, and ignores the tool's environment.
     command = [sys.executable, "-I", "-S", "-c", _GUARD, *words]
-    environment = {**os.environ, **hook.environment}
+    environment = {**os.environ, "PATH": _search_path(), **hook.environment}
     with log.open("wb") as out, errors.open("wb") as err:
         streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": out, "stderr": err}
         try:

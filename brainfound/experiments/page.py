@@ -21,6 +21,7 @@ from matplotlib.ticker import NullFormatter
 
 from brainfound.experiments.folder import COMPARISON_FILE, FIGURE_FILE, PAGE_FILE, TRIVIAL, ExperimentFolder
 from brainfound.metrics.registry import METRICS, format_score, metric_name
+from brainfound.metrics.statistics import explain_missing_interval
 from brainfound.report.cards import format_table
 from brainfound.report.figures import PALETTE, save_figure
 from brainfound.training.checkpoint import write_atomically
@@ -157,13 +158,15 @@ def _comparison_section(compared: pd.DataFrame) -> str:
         line += [row["system"], format_score(score, row["value"]), _interval(score, row["low"], row["high"])]
         line.append(format_score(score, row["difference"], sign=True))
         ends = row["difference_low"], row["difference_high"]
-        line.append("–" if pd.isna(row["difference"]) else _interval(score, *ends))
+        line.append(_interval(score, *ends))
         line += [_p_value(row["p"]), _p_value(row["p_holm"])]
         lines.append([*line, str(row["num_cases"]), str(row["num_subjects"])])
+    missing = compared.loc[compared["value"].notna() & compared["low"].isna(), "num_subjects"]
+    why = f"; {explain_missing_interval(int(missing.min()))}" if len(missing) else ""
     return (
         f"## Against {first}, by {score}\n\n{format_table(header, lines)}\n\nThe cases of all test parts together; "
-        "scores are means over seeds. Intervals are bootstraps over subjects; p is of a permutation that exchanges two "
-        "systems' answers within subjects, corrected by Holm for the number of systems."
+        f"scores are means over seeds. Intervals are bootstraps over subjects{why}; p is of a permutation that "
+        "exchanges two systems' answers within subjects, corrected by Holm for the number of systems."
     )
 
 
@@ -173,7 +176,7 @@ def _cells(row: Mapping[str, Any], *columns: str) -> list[str]:
 
 
 def _interval(score: str, low: float, high: float) -> str:
-    return f"{format_score(score, low)} to {format_score(score, high)}"
+    return "–" if pd.isna(low) else f"{format_score(score, low)} to {format_score(score, high)}"
 
 
 def _count(value: float | None) -> str:

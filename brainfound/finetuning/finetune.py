@@ -24,6 +24,7 @@ import numpy as np
 from brainfound.adapters.attach import AdapterRecipe, count_parameters
 from brainfound.adapters.bundle import save_bundle
 from brainfound.data.checking.contract import InputContract
+from brainfound.data.splits.training_history import TrainingHistory, hash_split
 from brainfound.data.store import Store
 from brainfound.data.store.store import restrict_contrasts
 from brainfound.errors import UsageError
@@ -34,14 +35,16 @@ from brainfound.finetuning.recipe import (
     resolve_recipe,
 )
 from brainfound.finetuning.scoring import FROZEN_CASES_FILE, write_cases, write_scores
-from brainfound.finetuning.splits import hash_split, resolve_split_file, split_sessions, write_split
+from brainfound.finetuning.splits import resolve_split_file, split_sessions, write_split
 from brainfound.finetuning.tasks import TargetColumn, Task, VolumeTask, resolve
 from brainfound.finetuning.training_task import FinetuneTask, build_task
 from brainfound.models.infer import unwrap_peft
+from brainfound.models.loading import read_history
 from brainfound.recipes import load
 from brainfound.report.figures import plot_reliability
 from brainfound.training import distributed, run_folder
 from brainfound.training.engine import Engine
+from brainfound.training.process import describe_devices
 
 RELIABILITY_FILE = "reliability.png"
 
@@ -102,6 +105,8 @@ def finetune(
         name = Path(model).name if Path(model).exists() else str(model)
         if resume:
             _require_same_model_and_task(folder, name, task)
+        # Now: the folder may be gone or hold another model by the end.
+        history = read_history(model) if accelerator.is_main_process else TrainingHistory()
         caches = folder / run_folder.EMBEDDINGS_FOLDER if cache is None else Path(cache)
         if content.frozen_baseline:
             note = "each session of the training and the test part is read once before training"
@@ -124,7 +129,8 @@ def finetune(
         # In place: a model prepared for bf16 would also be scored in bf16, unlike the model loaded from the bundle.
         accelerator.unwrap_model(engine.model, keep_fp32_wrapper=False)
         distributed.run_on_main_rank(
-            lambda: _score_and_export(folder, training, str(model), engine.step, keep_ids), accelerator.is_main_process
+            lambda: _score_and_export(folder, training, str(model), history, engine.step, keep_ids),
+            accelerator.is_main_process,
         )
     return folder
 
@@ -166,7 +172,9 @@ def _require_same_model_and_task(folder: Path, model: str, task: Task) -> None:
         raise UsageError(what, where=where, got=now.get(other[0]), expected=expected, remedy=remedy)
 
 
-def _score_and_export(folder: Path, training: FinetuneTask, source: str, step: int, keep_ids: bool) -> None:
+def _score_and_export(
+    folder: Path, training: FinetuneTask, source: str, history: TrainingHistory, step: int, keep_ids: bool
+) -> None:
     """Score the test part once, and write scores, bundle and curves."""
     store, parts, task, frozen = training.store, training.parts, training.task, training.frozen
     test = training.score("test").with_intervals()
@@ -196,15 +204,18 @@ def _score_and_export(folder: Path, training: FinetuneTask, source: str, step: i
             "calibration": None if calibration is None else calibration.to_dict(),
             "frozen_encoder": None if frozen is None else frozen.encoder,
         },
-        card=finetuned_card(training, source, scores, step),
+        card=finetuned_card(training, source, history, scores, step),
+        history=history.extended(store, parts),
         baseline=None if frozen is None else frozen.tensors,
         overwrite=True,  # a run that is resumed after its last step writes it again
     )
     run_folder.write_end(folder, run_folder.DONE, step, step)
 
 
-def finetuned_card(training: FinetuneTask, source: str, scores: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """Facts for `brainfound.report.cards.write_model_card`; ``source`` is the model that the run started from."""
+def finetuned_card(
+    training: FinetuneTask, source: str, history: TrainingHistory, scores: Mapping[str, Any], step: int
+) -> dict[str, Any]:
+    """Facts for `brainfound.report.cards.write_model_card`; ``source`` is the starting model, with its ``history``."""
     recipe, store, parts, task = training.recipe, training.store, training.parts, training.task
     config = unwrap_peft(training.model).config
     subjects = store.sessions["subject"]
@@ -212,17 +223,19 @@ def finetuned_card(training: FinetuneTask, source: str, scores: Mapping[str, Any
     sizes = {part: f"{len(own)} sessions of {subjects.iloc[own].nunique()} subjects" for part, own in parts.items()}
     where = f"test part ({sizes['test']})"
     method = load(AdapterRecipe, recipe.adapter, "adapters").method
-    baselines = [name for name in ("trivial", "frozen") if name in scores]
+    per_session = min(recipe.num_slices, int(store.sessions["num_slices"].iloc[parts["train"]].max()))
+    columns = {"value": scores["scores"]}
+    columns |= {f"{name} baseline": scores[name] for name in ("trivial", "frozen") if name in scores}
     return {
         "name": recipe.name,
-        "summary": f"Fine-tuned for {task.kind} of {task.column}; its scores are of subjects that it never saw.",
+        "summary": f"Fine-tuned for {task.kind} of {task.column}. {_describe_test_subjects(history, store, parts)}",
         "kind": f"fine-tuned for {task.kind}",
         "base_model": source,
         "base_model_relation": "finetune" if method in ("full", "last_blocks") else "adapter",
         "backbone": config.backbone_config.model_type,
         **({} if config.slice_features == "cls" else {"slice features": config.slice_features}),
         "stem": config.stem,
-        "aggregator": None if task.per_voxel else config.aggregator,
+        "aggregator": "none" if task.per_voxel else config.aggregator,
         "adapter": recipe.adapter,
         "objective": task.describe_loss(config),
         "labels": task.describe_labels(),
@@ -233,14 +246,42 @@ def finetuned_card(training: FinetuneTask, source: str, scores: Mapping[str, Any
         "data_hash": store.content_hash,
         "num_sessions": len(used),
         "num_subjects": int(subjects.iloc[used].nunique()),
+        "num_slices": f"{store.sessions['num_slices'].iloc[used].sum()} ({per_session} of a session at a time)",
         "seed": recipe.seed,
+        "device": describe_devices(training.device, training.world_size),
         "versions": run_folder.versions(),
         "metrics": [
-            {"metric": name, "value": value, **{f"{b} baseline": scores[b].get(name) for b in baselines}, "data": where}
-            for name, value in scores["scores"].items()
+            {
+                "metric": name,
+                **{column: _defined(values.get(name)) for column, values in columns.items()},
+                "data": where,
+            }
+            for name in scores["scores"]
         ],
         "target": task.column,
         "split": sizes,
         "split seed": recipe.split.seed,
         "model_code": 'from brainfound.adapters import load_bundle\n\nmodel = load_bundle("path/to/this/folder").model',
     }
+
+
+def _defined(score: float | None) -> float | str:
+    """A score for a card; one without a value, as the correlation with a constant, was computed all the same."""
+    return "undefined" if score is None else score
+
+
+def _describe_test_subjects(history: TrainingHistory, store: Store, parts: Mapping[str, np.ndarray]) -> str:
+    """Whether the tested subjects are new to the model, as far as that is recorded in its starting model's history."""
+    names, test = store.sessions["subject"].to_numpy(), parts["test"]
+    seen = names[test[history.seen(store, test.tolist())]]
+    if len(seen):
+        count = f"{len(set(seen))} of the {len(set(names[test]))} tested subjects"
+        known = f"but {count} were, by name or image, in the training data of the model that it started from"
+        return f"Its scores are of subjects that the fine-tuning did not see, {known}."
+    if history.complete:
+        return "Its scores are of subjects that it never saw."
+    if not history.names_subjects:
+        known = "that the fine-tuning did not see; the subjects in the training of its starting model are not recorded"
+    else:
+        known = "that neither the fine-tuning nor the recorded training before it saw; earlier training is not recorded"
+    return f"Its scores are of subjects {known}."

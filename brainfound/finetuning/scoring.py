@@ -23,14 +23,13 @@ from brainfound.finetuning.embedding_cache import EmbeddingCache
 from brainfound.finetuning.tasks import ScoringRecipe, Task
 from brainfound.metrics.comparison import score_intervals
 from brainfound.metrics.registry import PRIMARY_METRIC, TABLE_METRICS
+from brainfound.metrics.statistics import CONFIDENCE, NUM_RESAMPLES, explain_missing_interval
 from brainfound.models.infer import StackPrediction, infer, infer_embedded
 from brainfound.training.checkpoint import write_atomically
 
 SCORES_FILE, CASES_FILE = "scores.json", "cases.tsv"
 FROZEN_CASES_FILE = "frozen-cases.tsv"
 """The cases as predicted by a linear model on the untouched backbone."""
-CONFIDENCE, NUM_RESAMPLES = 0.95, 2000
-"""Settings of the bootstrap intervals."""
 SUBJECT_ROW = "subject_row"
 """The column of the cases that identifies a subject without a name: the store row of the subject's first session."""
 
@@ -98,6 +97,8 @@ class SessionScores:
                 for name, own in self.intervals.items()
             }
             content["intervals"] = {"confidence": CONFIDENCE, "num_resamples": NUM_RESAMPLES, "scores": scores}
+            if missing := [own.num_subjects for own in self.intervals.values() if np.isnan(own.low)]:
+                content["intervals"]["missing"] = explain_missing_interval(min(missing))
         return content
 
 

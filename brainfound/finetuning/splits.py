@@ -2,17 +2,14 @@
 
 `make_split` divides a store: once, into folds, with few training subjects, or with one site left out. `split_sessions`
 gives a run its parts, from its recipe or a split file; ``splits.json`` in the run folder names the subjects of each.
-A bundle may be shared, so it keeps salted, slow hashes of identifiers, and hashes of images, which identify a subject
-under another name. Names cannot be read from it, but a list of names can be tested against it, as `evaluate` does.
+A bundle may be shared, so it keeps hashes, see `brainfound.data.splits.training_history`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +28,6 @@ SITE = "site"
 FOLDS, SHOTS, FEW_SUBJECTS, SITES = "k-fold", "few shots per class", "few subjects", "leave one site out"
 """Kinds of split other than a single one, as named in a split file."""
 RUN_SPLIT_FILE = "splits.json"
-HASH_ROUNDS = 1000
-"""Rounds of PBKDF2: about half a millisecond per subject, so ten thousand are checked in seconds."""
 
 
 class SplitRecipe(Recipe):
@@ -70,7 +65,8 @@ def make_split(
     Subjects who share an image are divided as one; see `brainfound.data.splits.dividing`.
 
     Args:
-        test: share of the subjects to test on; ignored for folds and sites, which test every subject once.
+        test: share of the subjects to test on, 0 where another cohort is tested; ignored for folds and sites, which
+            test every subject once.
         validation: share of the subjects to evaluate on during training; 0 for none.
         folds: make folds ``fold-1``, ``fold-2``, ….
         shots: make ``shots-1``, ``shots-5``, … with that many training subjects per class of the target; None
@@ -92,9 +88,11 @@ def make_split(
             remedy="Ask for one of them, and make a file of each",
         )
     kind = kinds[0] if kinds else SINGLE_FOLD
-    if not 0 < test < 1 or not 0 <= validation < 1 or test + validation >= 1:
+    is_whole = test + validation == 0 and kind not in (FOLDS, SITES)
+    if test < 0 or validation < 0 or test + validation >= 1 or is_whole:
         what = "the shares of test and validation must leave some to train on"
-        raise UsageError(what, got=f"test {test:g}, validation {validation:g}", expected="a sum below 1")
+        got = f"test {test:g}, validation {validation:g}"
+        raise UsageError(what, got=got, expected="a sum above 0 and below 1")
     parts = {"train": 1 - test - validation, "validation": validation, "test": test}
     shares = {part: share for part, share in parts.items() if share > 0}
     used = np.arange(len(store)) if target is None else TargetColumn.find(store, target).labelled
@@ -257,7 +255,8 @@ def _labelled_parts(
     parts = split.sessions(store, fold)
     for part in PARTS:
         if part not in parts:
-            remedy = "Make it with a validation part: brainfound split STORE NEW.json --validation 0.1"
+            option = "--validation 0.1" if part == "validation" else "--test 0.2"
+            remedy = f"Make it with a {part} part: brainfound split STORE NEW.json {option}"
             raise UsageError(f"training needs the part {part!r}, and the split has none", where=where, remedy=remedy)
         parts[part] = np.intersect1d(parts[part], labelled)
         if not len(parts[part]):
@@ -318,44 +317,3 @@ def write_split(
     seed = recipe.seed if given is None else None
     split = Split.from_folds(store, {SINGLE_FOLD: parts}, seed=seed, made=made, columns=target.columns)
     split.save(folder / RUN_SPLIT_FILE)
-
-
-def hash_split(store: Store, parts: Parts) -> dict[str, Any]:
-    """A split for a bundle: the data's hash, and hashes of each part's subjects and images."""
-    # A new salt per bundle: bundles cannot be compared, and no precomputed table helps to guess names.
-    salt = os.urandom(16).hex()
-    subjects, images = (store.sessions[column].astype(str).to_numpy() for column in ("subject", "image_hash"))
-    return {
-        "data_hash": store.content_hash,
-        "hash": "pbkdf2-sha256",
-        "rounds": HASH_ROUNDS,
-        "salt": salt,
-        "subjects": {part: sorted({subject_hash(name, salt) for name in subjects[own]}) for part, own in parts.items()},
-        "images": {part: sorted({_image_hash(image, salt) for image in images[own]}) for part, own in parts.items()},
-    }
-
-
-def is_in_parts(split: Mapping[str, Any], store: Store, sessions: Sequence[int], *parts: str) -> np.ndarray:
-    """Whether the subject of each session of a store is in one of the parts of a `hash_split`; ``(n,)`` bool."""
-    members = {digest for part in parts for digest in split["subjects"][part]}
-    names = store.sessions["subject"]
-    hashes = (subject_hash(str(names.iloc[int(i)]), split["salt"], split["rounds"]) for i in sessions)
-    return np.array([digest in members for digest in hashes], dtype=bool)
-
-
-def seen_in_training(split: Mapping[str, Any], store: Store, sessions: Sequence[int]) -> np.ndarray:
-    """Whether each session, ``(n,)`` bool, has the name or an image of a train or validation subject of a split."""
-    images = {digest for part in ("train", "validation") for digest in split["images"][part]}
-    hashes = store.sessions["image_hash"]
-    same_image = [_image_hash(str(hashes.iloc[int(i)]), split["salt"]) in images for i in sessions]
-    return is_in_parts(split, store, sessions, "train", "validation") | np.array(same_image, dtype=bool)
-
-
-@lru_cache(maxsize=100_000)
-def subject_hash(subject: str, salt: str, rounds: int = HASH_ROUNDS) -> str:
-    """The salted, slow hash of a subject's identifier."""
-    return hashlib.pbkdf2_hmac("sha256", subject.encode(), bytes.fromhex(salt), rounds, 16).hex()
-
-
-def _image_hash(image_hash: str, salt: str) -> str:
-    return hashlib.sha256(f"{salt} {image_hash}".encode()).hexdigest()[:32]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from brainfound.data.cohort import Cohort, Session
-from brainfound.errors import BrainFoundError
+from brainfound.errors import BrainFoundError, RefusedInputError
 from brainfound.inference.explanation import Explanation, choose_methods
 from brainfound.inference.loading import load
 from brainfound.inference.prediction import Prediction, file_stem
@@ -21,12 +21,16 @@ _Result = TypeVar("_Result", Prediction, Explanation)
 
 @dataclass(frozen=True)
 class Outcome(Generic[_Result]):
-    """The prediction or explanation of one session, or the reason why there is none."""
+    """The prediction or explanation of one session, or the reason why there is none.
+
+    ``refused``: the session is unfit for the model, and the predictor is strict.
+    """
 
     subject: str
     session: str
     result: _Result | None
     reason: str = ""
+    refused: bool = False
 
 
 def predict(
@@ -59,7 +63,7 @@ def predict(
         prediction = predictor.predict_prepared(ready)
         if out is None:
             return prediction
-        prediction.save(out, name, probabilities=probabilities)
+        prediction.save(out, name, probabilities=probabilities, overwrite=True)
         return prediction.without_images()
 
     done = None if out is None or overwrite else (Path(out), ".json")
@@ -90,7 +94,7 @@ def explain_cohort(
 
     def answer(ready: PredictorInput, name: str) -> Explanation:
         explanation = predictor.explain_prepared(ready, methods, class_name)
-        explanation.save(out, name)
+        explanation.save(out, name, overwrite=True)
         return replace(explanation, maps={})
 
     done = None if overwrite else (Path(out), "_explanation.json")
@@ -108,7 +112,7 @@ def _answer_sessions(
     cohort = source if isinstance(source, Cohort) else Cohort.read(source)
     sessions = list(cohort.sessions())
 
-    def prepare(session: Session) -> PredictorInput | str:
+    def prepare(session: Session) -> PredictorInput | BrainFoundError | str:
         if done is not None:
             folder, ending = done
             if (folder / f"{file_stem(session.subject, session.session)}{ending}").is_file():
@@ -116,7 +120,7 @@ def _answer_sessions(
         try:
             return predictor.prepare(session)
         except BrainFoundError as error:
-            return str(error)
+            return error
 
     ahead = (prepare(s) for s in sessions) if predictor.hooks else map_in_background(sessions, prepare, ahead=1)
     outcomes: list[Outcome[_Result]] = []
@@ -125,8 +129,9 @@ def _answer_sessions(
         for count, session in enumerate(sessions, start=1):
             ready = next(prepared)
             result, reason = None, ""
-            if isinstance(ready, str):
-                reason = ready
+            refused = isinstance(ready, RefusedInputError)
+            if isinstance(ready, str | BrainFoundError):
+                reason = str(ready)
             else:
                 try:
                     result = answer(ready, file_stem(session.subject, session.session))
@@ -134,7 +139,7 @@ def _answer_sessions(
                     reason = str(error)
             # Free the session before the thread starts on the next one.
             del ready
-            outcomes.append(Outcome(session.subject, session.session, result, reason))
+            outcomes.append(Outcome(session.subject, session.session, result, reason, refused))
             if progress:
                 progress(count, len(sessions))
     return outcomes

@@ -21,6 +21,7 @@ import pandas as pd
 from brainfound.adapters.bundle_reader import Bundle, load_bundle
 from brainfound.data.checking.contract import InputContract, missing_contrast_note
 from brainfound.data.splits.split_file import PARTS
+from brainfound.data.splits.training_history import TrainingHistory, is_in_parts, seen_in_training
 from brainfound.data.store import Store
 from brainfound.data.store.store import restrict_contrasts
 from brainfound.errors import ModelError, UsageError
@@ -41,7 +42,6 @@ from brainfound.experiments.page import write_experiment_page
 from brainfound.experiments.systems import non_empty_subsets, short_name
 from brainfound.finetuning.frozen_baseline import load_frozen_baseline, score_frozen_baseline, scoring_from_bundle
 from brainfound.finetuning.scoring import SessionScores, score_sessions
-from brainfound.finetuning.splits import is_in_parts, seen_in_training
 from brainfound.finetuning.tasks import ScoringRecipe, TargetColumn, Task
 from brainfound.inference.loading import bundle_folder, load, make_predictor
 from brainfound.inference.predictor import Predictor, resolve_device
@@ -210,6 +210,9 @@ def evaluate(
     candidates = _select_sessions(split, store, np.flatnonzero(store.present.any(axis=1)), part)
     missing = len(candidates) - len(sessions)
     general = [f"{missing} of {len(candidates)} sessions have no {target.column}: not scored"] if missing else []
+    if part == "test" and (seen := int(TrainingHistory.load(folder).seen(store, sessions).sum())):
+        what = "by name or image, of subjects in the training data of the model that the fine-tuning started from"
+        general.append(f"{seen} of {len(sessions)} sessions are, {what}")
     baseline = None
     if frozen:
         try:
@@ -233,7 +236,7 @@ def evaluate(
         results.append(replace(scored, notes=notes, frozen=frozen_scores))
     if out is not None:
         own = split is not None and split["data_hash"] == store.content_hash
-        on = f"the {part} part of its own store" if own else "another store, but for the subjects that it learnt from"
+        on = f"the {part} part of its own store" if own else "another store, without the subjects of its fine-tuning"
         if split is None:
             on = "all labelled sessions of a store"
         write_evaluation(Path(out), results, store, target.column, short_name(model), on, command)

@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from brainfound.data.batches import evenly_spaced_slices
+from brainfound.data.checking.rules import Level
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import UsageError, did_you_mean
 from brainfound.finetuning.tasks import Task, VolumeTask
@@ -31,7 +32,7 @@ from brainfound.inference.explanation_methods import (
     scale_to_unit_range,
     slice_weights,
 )
-from brainfound.inference.prediction import file_stem, write_image, write_json
+from brainfound.inference.prediction import file_stem, require_new, write_image, write_json
 from brainfound.models.infer import infer_embedded, unwrap_peft
 from brainfound.models.model import BrainFoundForSegmentation
 
@@ -68,6 +69,8 @@ class Explanation:
     session: str = ""
     notes: tuple[str, ...] = field(default=())
     rejected: tuple[str, ...] = field(default=())
+    input_level: Level | None = None
+    name: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, contrasts and notes, for JSON."""
@@ -82,15 +85,20 @@ class Explanation:
             "missing_contrasts": list(self.missing),
             "rejected": list(self.rejected),
             "notes": list(self.notes),
+            "input_level": self.input_level,
             "caution": CAUTION,
             "not_a_medical_device": True,
         }
 
-    def save(self, folder: str | Path, name: str | None = None) -> list[Path]:
-        """Write ``NAME_METHOD.nii.gz`` of each map and ``NAME_explanation.json``; returns the files, the JSON last."""
+    def save(self, folder: str | Path, name: str | None = None, *, overwrite: bool = False) -> list[Path]:
+        """Write ``NAME_METHOD.nii.gz`` of each map and ``NAME_explanation.json``; returns the files, the JSON last.
+
+        NAME and errors are as for `Prediction.save`.
+        """
         folder = Path(folder)
+        name = name or self.name or file_stem(self.subject, self.session) or "session"
+        require_new(folder / f"{name}_explanation.json", overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        name = name or file_stem(self.subject, self.session) or "session"
         written = []
         for method, image in self.maps.items():
             written.append(folder / f"{name}_{method}.nii.gz")
@@ -165,6 +173,8 @@ def explain_stack(
     class_name: str | None = None,
     notes: tuple[str, ...] = (),
     rejected: tuple[str, ...] = (),
+    input_level: Level | None = None,
+    name: str = "",
 ) -> Explanation:
     """Explain a stack.
 
@@ -174,7 +184,7 @@ def explain_stack(
         target: the model's task; None for an encoder.
         num_slices: evenly spaced slices to read; None for all. A segmentation always reads all.
         method, class_name: see `choose_methods`.
-        notes, rejected: copied into the result.
+        notes, rejected, input_level, name: copied into the result.
 
     Raises:
         UsageError: as for `choose_methods`. ModelError: the stack does not fit the model, or a map is not finite.
@@ -209,7 +219,7 @@ def explain_stack(
         maps["pca"], numbers["pca"] = _components(inputs, encoded.features)
     present = tuple(c for c, is_present in zip(stack.contrasts, stack.present, strict=True) if is_present)
     return Explanation(
-        maps={name: _image(values, stack) for name, values in maps.items()},
+        maps={name: stack.native_image(values.astype(np.float32, copy=False)) for name, values in maps.items()},
         numbers=numbers,
         answer=answer,
         slices=tuple(inputs.index.tolist()),
@@ -220,6 +230,8 @@ def explain_stack(
         session=stack.session,
         notes=notes,
         rejected=rejected,
+        input_level=input_level,
+        name=name,
     )
 
 
@@ -253,9 +265,3 @@ def _components(inputs: ExplanationInputs, features: np.ndarray) -> tuple[np.nda
     scores, ratio = principal_components(features)
     image = component_maps(inputs, scale_to_unit_range(scores), inputs.foreground())
     return image, {"explained_variance_ratio": ratio.tolist(), "num_patches": len(features)}
-
-
-def _image(values: np.ndarray, stack: Stack) -> nib.Nifti1Image:
-    image = nib.Nifti1Image(values.astype(np.float32, copy=False), stack.native_affine)
-    image.header.set_xyzt_units("mm")
-    return image

@@ -22,7 +22,7 @@ from brainfound.inference.prediction import Prediction
 from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.inference.segmentation import SegmentationOptions
 from brainfound.models import BrainFoundModel
-from brainfound.models.hub import LOAD_FAILURES, is_hub_id, unreadable_model_error
+from brainfound.models.hub import is_hub_id, reading_model
 from brainfound.models.infer import unwrap_peft
 from brainfound.training.run_folder import is_run_folder
 
@@ -108,8 +108,9 @@ def load(
             expected="a bundle",
             remedy="Save it with save_bundle, which keeps labels and preprocessing with the weights",
         )
-    preprocessing = Preprocessing.load(local_folder(source))
-    return Predictor(model, preprocessing, None, None, device, tools, options=options)
+    folder = local_folder(source)
+    contract = InputContract.load_or_none(folder)
+    return Predictor(model, Preprocessing.load(folder), None, None, device, tools, options=options, contract=contract)
 
 
 def bundle_folder(path_or_id: str | Path) -> Path:
@@ -119,11 +120,8 @@ def bundle_folder(path_or_id: str | Path) -> Path:
         return path / "export"
     if not is_hub_id(str(path_or_id)):
         return path
-    try:
-        folder = local_folder(str(path_or_id))
-        return local_folder(str(path_or_id), BUNDLE_PATTERNS) if (folder / "bundle.json").is_file() else path
-    except LOAD_FAILURES as error:
-        raise unreadable_model_error(str(path_or_id), error) from error
+    folder = local_folder(str(path_or_id))
+    return local_folder(str(path_or_id), BUNDLE_PATTERNS) if (folder / "bundle.json").is_file() else path
 
 
 def _load_set(
@@ -188,4 +186,5 @@ def local_folder(source: str, patterns: Sequence[str] = ("*.json",)) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(source, allow_patterns=list(patterns)))
+    with reading_model(source):
+        return Path(snapshot_download(source, allow_patterns=list(patterns)))

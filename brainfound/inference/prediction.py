@@ -15,6 +15,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from brainfound.data.checking.rules import Level
+from brainfound.errors import UsageError
+
 
 def voxel_mm3(image: nib.Nifti1Image) -> float:
     """The volume of a voxel in cubic millimetres."""
@@ -39,7 +42,8 @@ def write_image(image: nib.Nifti1Image, path: Path) -> None:
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write a JSON file atomically."""
     temporary = path.with_name("." + path.name)
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -63,8 +67,10 @@ class Prediction:
             several) or of each region by its name.
         embedding: for an encoder, the volume embedding ``(D,)``.
         contrasts, missing: contrasts that were read, and contrasts of the model that were absent.
-        notes: remarks on the scans.
+        notes: remarks on the scans; ✗ what is unfit for the model, ! what needs a look.
         rejected: scans of the session that cannot be used, with the reason.
+        input_level: the gravest finding of the model's input contract; None if the scans were not compared with one.
+        name: for its files, of scans that were given as files.
     """
 
     task: str
@@ -80,6 +86,8 @@ class Prediction:
     rejected: tuple[str, ...] = field(default=())
     masks: dict[str, nib.Nifti1Image] = field(default_factory=dict)
     probabilities: dict[str, nib.Nifti1Image] = field(default_factory=dict)
+    input_level: Level | None = None
+    name: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Answer, contrasts and notes, for JSON."""
@@ -92,6 +100,7 @@ class Prediction:
             "missing_contrasts": list(self.missing),
             "rejected": list(self.rejected),
             "notes": list(self.notes),
+            "input_level": self.input_level,
             "not_a_medical_device": True,
         }
 
@@ -99,16 +108,20 @@ class Prediction:
         """The same prediction without images."""
         return replace(self, image=None, probability=None, masks={}, probabilities={})
 
-    def save(self, folder: str | Path, name: str | None = None, *, probabilities: bool = False) -> list[Path]:
+    def save(
+        self, folder: str | Path, name: str | None = None, *, probabilities: bool = False, overwrite: bool = False
+    ) -> list[Path]:
         """Write ``NAME.json``, images and vectors; returns the files, the JSON last.
 
         ``NAME_dseg.nii.gz`` holds label codes; where labels overlap, ``NAME_label-REGION_mask.nii.gz`` each region.
         With ``probabilities`` also ``NAME_probability.nii.gz``, and ``NAME_label-LABEL_probability.nii.gz`` of each
-        code or region in `probabilities`. An embedding is ``NAME_embedding.npy``.
+        code or region in `probabilities`. An embedding is ``NAME_embedding.npy``. The default NAME is that of the
+        first file, or the subject and session. UsageError: it is there already, and ``overwrite`` is False.
         """
         folder = Path(folder)
+        name = name or self.name or file_stem(self.subject, self.session) or "prediction"
+        require_new(folder / f"{name}.json", overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        name = name or file_stem(self.subject, self.session) or "prediction"
         images = {} if self.image is None else {"dseg": self.image}
         images |= {f"label-{region}_mask": mask for region, mask in self.masks.items()}
         if probabilities and self.probability is not None:
@@ -124,6 +137,23 @@ class Prediction:
         written.append(folder / f"{name}.json")
         write_json(self.to_dict(), written[-1])
         return written
+
+
+def require_new(file: Path, overwrite: bool) -> None:
+    """Raise a UsageError if an answer has been written to this file before, unless it may be overwritten."""
+    if file.exists() and not overwrite:
+        raise UsageError(
+            "an answer of this name is there already", where=file, remedy="Give another folder or name, or overwrite"
+        )
+
+
+def file_name_stem(path: str | Path) -> str:
+    """The name of a file up to its first dot.
+
+    >>> file_name_stem("scans/a_T1w.nii.gz")
+    'a_T1w'
+    """
+    return Path(path).name.split(".")[0]
 
 
 def file_stem(subject: str, session: str) -> str:

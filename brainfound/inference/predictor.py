@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,29 @@ from torch import nn
 
 from brainfound.contrasts import CONTRASTS
 from brainfound.data.batches import remove_contrasts
+from brainfound.data.checking.check import image_findings
 from brainfound.data.checking.contract import InputContract, missing_contrast_note
+from brainfound.data.checking.rules import (
+    LEVEL_SYMBOLS,
+    Finding,
+    Level,
+    age_finding,
+    contrast_finding,
+    slices_finding,
+    worst_level,
+)
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing.session import PreparedSession, prepare_session
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
-from brainfound.errors import ScanError, UsageError
+from brainfound.data.preprocessing.stack_builder import StackBuilder
+from brainfound.data.reading.scan import Scan
+from brainfound.errors import RefusedInputError, ScanError, UsageError
 from brainfound.finetuning.tasks import Segmentation, Task, VolumeTask
 from brainfound.finetuning.tasks.base import AnswerCalibration
 from brainfound.inference.explanation import Explanation, choose_methods, explain_stack
-from brainfound.inference.prediction import Prediction
+from brainfound.inference.prediction import Prediction, file_name_stem
 from brainfound.inference.scans import session_from_scans
 from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields
 from brainfound.models.infer import infer
@@ -31,11 +43,17 @@ from brainfound.models.infer import infer
 
 @dataclass(frozen=True)
 class PredictorInput:
-    """A prepared session: the model's input, remarks on the scans, and scans that cannot be used with the reason."""
+    """A prepared session: the model's input, remarks on the scans, and scans that cannot be used with the reason.
+
+    ``level`` is the gravest finding of the input contract, None if the scans were not compared with one; ``name`` is
+    for files, of scans that were given as files.
+    """
 
     stack: Stack
     notes: tuple[str, ...] = ()
     rejected: tuple[str, ...] = ()
+    level: Level | None = None
+    name: str = ""
 
 
 class Predictor:
@@ -48,8 +66,9 @@ class Predictor:
         device: None: the first GPU, else the CPU.
         hooks: external tools to run on each scan first, as on the training scans.
         calibration: adds calibrated answers to the raw ones.
-        contract: properties of the training scans.
+        contract: properties of the training scans; each scan that is read from a file is compared with them.
         withheld: contrasts that the recipe excluded from training; the model never reads them.
+        strict: refuse a session that the contract finds unfit (✗), rather than answer with a note.
 
     Raises:
         UsageError: the training scans went through other hooks, or segmentation options for another task.
@@ -67,6 +86,7 @@ class Predictor:
         options: SegmentationOptions = SegmentationOptions(),
         contract: InputContract | None = None,
         withheld: Sequence[str] = (),
+        strict: bool = False,
     ) -> None:
         if hooks:
             preprocessing.require_hooks([hook.name for hook in hooks])
@@ -74,7 +94,7 @@ class Predictor:
         self.model = model.to(self.device).eval()
         self.preprocessing, self.target, self.num_slices = preprocessing, target, num_slices
         self.hooks, self.contract, self.withheld = tuple(hooks), contract, tuple(withheld)
-        self.calibration = calibration or AnswerCalibration()
+        self.calibration, self.strict = calibration or AnswerCalibration(), strict
         self.options = self._validated(options)
 
     def _validated(self, options: SegmentationOptions) -> SegmentationOptions:
@@ -85,6 +105,7 @@ class Predictor:
                 got="an encoder" if self.target is None else f"a {self.task} model",
                 remedy="Leave them out",
             )
+        options.augmentation(self.target)  # labels whose sides cannot be exchanged are refused here
         return options
 
     def as_encoder(self) -> Predictor:
@@ -103,6 +124,12 @@ class Predictor:
         """The same segmentation model with other options."""
         other = copy.copy(self)
         other.options = self._validated(options)
+        return other
+
+    def as_strict(self, strict: bool = True) -> Predictor:
+        """The same model, which refuses a session that its input contract finds unfit."""
+        other = copy.copy(self)
+        other.strict = strict
         return other
 
     @property
@@ -131,7 +158,7 @@ class Predictor:
 
         Raises:
             UsageError: a contrast is given twice, unknown to the model, or does not follow from the name.
-            ScanError: a scan cannot be used.
+            ScanError: a scan cannot be used, or is unfit for a strict predictor.
         """
         return self.predict_prepared(self._prepare_files(paths, contrast_paths))
 
@@ -166,6 +193,8 @@ class Predictor:
             class_name,
             notes=ready.notes,
             rejected=ready.rejected,
+            input_level=ready.level,
+            name=ready.name,
         )
 
     def explain_stack(
@@ -188,28 +217,75 @@ class Predictor:
         Scans that cannot be used, and contrasts that the model does not read, are left out and noted.
 
         Raises:
-            ScanError: no scan of the session can be used.
+            ScanError: no scan of the session can be used, or one is unfit and the predictor is strict.
         """
         unread = [name for name in session.scans if name in CONTRASTS and name not in self.input_contrasts]
         scans = {contrast: path for contrast, path in session.scans.items() if contrast not in unread}
         extra = tuple((contrast, path) for contrast, path in session.extra_scans if contrast not in unread)
+        age_years = session.covariates.get("age_years")
         session = replace(session, scans=scans, extra_scans=extra, covariates={}, masks={})
-        prepared = prepare_session(session, self.preprocessing, hooks=self.hooks)
+        found: list[tuple[str, Finding]] = []
+        prepared = prepare_session(session, self.preprocessing, hooks=self.hooks, inspect=self._inspector(found))
         further = [f"{entry.contrast}: {entry.reason}" for entry in prepared.further_scans]
         further += [f"{contrast}: not read, the model was not trained with it" for contrast in unread]
         rejected = tuple(f"{entry.contrast}: {entry.file.name}: {entry.reason}" for entry in prepared.refused)
         if prepared.stack is None:
             raise ScanError(f"no scan can be used; {[*rejected, *further, 'none is there'][0]}", where=session.subject)
-        return PredictorInput(prepared.stack, (*further, *self._notes_on(prepared)), rejected)
+        return self._input(prepared, found, further, rejected, age_years)
 
     def _prepare_files(self, paths: Sequence[str | Path], contrast_paths: dict[str, str | Path]) -> PredictorInput:
         """Read and preprocess the files of one session; a file that cannot be used is an error."""
         session, notes = session_from_scans(paths, contrast_paths, self.input_contrasts)
-        prepared = prepare_session(session, self.preprocessing, hooks=self.hooks)
+        found: list[tuple[str, Finding]] = []
+        prepared = prepare_session(session, self.preprocessing, hooks=self.hooks, inspect=self._inspector(found))
         for entry in prepared.refused:
             raise ScanError(entry.reason, where=entry.file.name)
         assert prepared.stack is not None, "nothing was refused, so there is a stack"
-        return PredictorInput(prepared.stack, (*notes, *self._notes_on(prepared)))
+        first = next(iter([*paths, *contrast_paths.values()]))
+        return replace(self._input(prepared, found, notes), name=file_name_stem(first))
+
+    def _inspector(self, found: list[tuple[str, Finding]]) -> Callable[[Scan, StackBuilder], None] | None:
+        """Compares each scan with the contract while it is in memory; None without a contract."""
+        if (contract := self.contract) is None:
+            return None
+
+        def inspect(scan: Scan, builder: StackBuilder) -> None:
+            contrast = builder.quality[-1].contrast
+            findings = [contrast_finding(contrast, contract), *image_findings(scan, builder, contract)]
+            found.extend((contrast, finding) for finding in findings)
+
+        return inspect
+
+    def _input(
+        self,
+        prepared: PreparedSession,
+        found: list[tuple[str, Finding]],
+        notes: Sequence[str],
+        rejected: tuple[str, ...] = (),
+        age_years: Any = None,
+    ) -> PredictorInput:
+        """A prepared session with the findings of the contract among its notes, the gravest first."""
+        assert prepared.stack is not None
+        if self.contract is None:
+            return PredictorInput(prepared.stack, (*notes, *self._notes_on(prepared)), rejected)
+        of_session = [slices_finding(len(prepared.stack.pixels), self.contract)]
+        if age_years is not None:
+            of_session.append(age_finding(age_years, self.contract))
+        found = [*found, *(("", finding) for finding in of_session if finding is not None)]
+        lines: dict[str, list[str]] = {"fail": [], "warn": [], "note": []}
+        for contrast, finding in found:
+            # A remark of another check than the position is nothing that a reader of the answer could act on.
+            if finding.level in ("fail", "warn") or (finding.level, finding.check) == ("note", "position"):
+                text = f"{contrast}: {finding.message}" if contrast else finding.message
+                lines[finding.level].append(f"{LEVEL_SYMBOLS[finding.level]} {text}")
+        level = worst_level([finding for _, finding in found])
+        if self.strict and level == "fail":
+            raise RefusedInputError(
+                f"unfit for the model: {'; '.join(lines['fail'])}",
+                remedy=next(finding.remedy for _, finding in found if finding.level == "fail") or None,
+            )
+        every = (*lines["fail"], *lines["warn"], *notes, *self._notes_on(prepared), *lines["note"])
+        return PredictorInput(prepared.stack, every, rejected, level)
 
     def _notes_on(self, prepared: PreparedSession) -> list[str]:
         notes = [f"{quality.contrast}: {note}" for quality in prepared.quality for note in quality.notes]
@@ -242,7 +318,7 @@ class Predictor:
         stack = ready.stack
         several = isinstance(target, Segmentation) and target.has_named_structures
         answer = infer(
-            self.model, stack, self.num_slices, options.augmentation, options.class_probabilities and several
+            self.model, stack, self.num_slices, options.augmentation(target), options.class_probabilities and several
         )
         present = tuple(c for c, is_present in zip(stack.contrasts, stack.present, strict=True) if is_present)
         common: dict[str, Any] = {
@@ -253,6 +329,8 @@ class Predictor:
             "session": stack.session,
             "notes": ready.notes,
             "rejected": ready.rejected,
+            "input_level": ready.level,
+            "name": ready.name,
         }
         if target is None:
             assert answer.embedding is not None
@@ -262,6 +340,9 @@ class Predictor:
                 answer=target.format_answer(answer) | target.calibrate(self.calibration, answer), **common
             )
         assert isinstance(target, Segmentation)
+        if options.flips and sum(name.startswith("label ") for name in target.names) > 1:
+            note = "averaged with mirrored slices: wrong for codes without a name that stand for one side"
+            common["notes"] = (*ready.notes, note)
         return Prediction(**build_segmentation_fields(stack, answer, target, options), **common)
 
 

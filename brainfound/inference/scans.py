@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from brainfound.contrasts import UNKNOWN, contrast_from_filename, parse_contrast
+from brainfound.contrasts import UNKNOWN, parse_contrast
 from brainfound.data.cohort import Session
-from brainfound.errors import ScanError, UsageError
+from brainfound.data.reading.archives import require_given
+from brainfound.data.sources.bids_files import BidsName
+from brainfound.data.sources.file_names import FileName, parse_filename
+from brainfound.errors import UsageError
 
 
 def parse_inputs(inputs: Iterable[str]) -> tuple[list[Path], dict[str, Path]]:
@@ -16,7 +19,7 @@ def parse_inputs(inputs: Iterable[str]) -> tuple[list[Path], dict[str, Path]]:
     contrast_paths: dict[str, Path] = {}
     for text in inputs:
         name, equals, path = text.partition("=")
-        if equals and not Path(text).exists():
+        if equals and Path(name).name == name and not Path(text).exists():
             contrast = parse_contrast(name)
             if contrast in contrast_paths:
                 raise UsageError(
@@ -31,7 +34,9 @@ def parse_inputs(inputs: Iterable[str]) -> tuple[list[Path], dict[str, Path]]:
 def session_from_scans(
     paths: Sequence[str | Path], contrast_paths: Mapping[str, str | Path], contrasts: Sequence[str]
 ) -> tuple[Session, list[str]]:
-    """Group files into one session; returns it with notes on file names that do not state the contrast.
+    """Group files into one session; returns it with notes on what the file names do not state.
+
+    Subject and session are those of BIDS names, else empty.
 
     Args:
         paths: scans whose file names state their contrast. A single file that does not is taken for the model's only
@@ -43,17 +48,22 @@ def session_from_scans(
         UsageError: a contrast is given twice, is not one of the model's, or does not follow from the name.
         ScanError: a file does not exist.
     """
+    given = [Path(path) for path in (*paths, *contrast_paths.values())]
+    for file in given:
+        require_given(file)
     scans: dict[str, Path] = {}
     notes = []
     for name, path in contrast_paths.items():
-        contrast, named = parse_contrast(name), contrast_from_filename(path)
+        contrast, named = parse_contrast(name), parse_filename(Path(path))
         _add(scans, contrast, Path(path), contrasts)
-        if named not in (UNKNOWN, contrast):
-            notes.append(f"{Path(path).name} was read as {contrast}, as asked, but its name says {named}")
+        if named.contrast != contrast and not named.is_silent:
+            says = named.reason if named.contrast == UNKNOWN else named.contrast
+            notes.append(f"{Path(path).name} was given as {contrast}, but its name says {says}")
     for path in map(Path, paths):
-        contrast = contrast_from_filename(path)
+        named = parse_filename(path)
+        contrast = named.contrast
         if contrast == UNKNOWN:
-            contrast = _only_remaining_contrast(path, scans, contrasts, alone=len(paths) == 1)
+            contrast = _only_remaining_contrast(path, named, scans, contrasts, alone=len(paths) == 1)
             if len(contrasts) > 1:
                 notes.append(
                     f"{path.name} was read as {contrast}: its name does not say, and no other contrast was left"
@@ -61,18 +71,31 @@ def session_from_scans(
         _add(scans, contrast, path, contrasts)
     if not scans:
         raise UsageError("no scan was given", where="predict", expected=", ".join(contrasts))
-    return Session("", "", scans, {}, {}), notes
+    return Session(
+        _stated(given, "sub", notes), _stated(given, "ses", notes).removeprefix("ses-"), scans, {}, {}
+    ), notes
 
 
-def _only_remaining_contrast(path: Path, scans: Mapping[str, Path], contrasts: Sequence[str], alone: bool) -> str:
-    if not path.is_file():
-        raise ScanError("no such file", where=path, remedy="Check the path; scans are given as FILE or CONTRAST=FILE")
+def _stated(files: Sequence[Path], entity: str, notes: list[str]) -> str:
+    """What the BIDS names of files state, such as ``sub-01``; empty, with a note, where they contradict each other."""
+    names = [BidsName.parse(file).entities for file in files if file.name.startswith("sub-")]
+    stated = sorted({f"{entity}-{name[entity]}" for name in names if name.get(entity)})
+    if len(stated) > 1:
+        what = {"sub": "subjects", "ses": "sessions"}[entity]
+        notes.append(f"the names of the files state {len(stated)} different {what}")
+    return stated[0] if len(stated) == 1 else ""
+
+
+def _only_remaining_contrast(
+    path: Path, named: FileName, scans: Mapping[str, Path], contrasts: Sequence[str], alone: bool
+) -> str:
     left = [name for name in contrasts if name not in scans]
-    if alone and len(left) == 1:
+    if alone and len(left) == 1 and named.is_silent:
         return left[0]
     raise UsageError(
-        "the contrast cannot be told from the file name",
+        "the file name does not state the contrast",
         where=path.name,
+        got=None if named.is_silent else named.reason,
         expected=", ".join(left or contrasts),
         remedy=f"Say it: {(left or contrasts)[-1]}={path.name}",
     )

@@ -19,7 +19,14 @@ from scipy import stats
 from brainfound.errors import UsageError, did_you_mean
 from brainfound.metrics.cases import Cases, CaseTables, Score, read_matched_systems, read_system
 from brainfound.metrics.registry import METRICS, metric_name
-from brainfound.metrics.statistics import bootstrap_interval, delong_test, holm, paired_permutation_test
+from brainfound.metrics.statistics import (
+    CONFIDENCE,
+    NUM_RESAMPLES,
+    bootstrap_interval,
+    delong_test,
+    holm,
+    paired_permutation_test,
+)
 
 _COLUMNS = [
     *("metric", "system", "value", "low", "high", "difference", "difference_low", "difference_high"),
@@ -32,8 +39,8 @@ def score_intervals(
     cases: CaseTables,
     metrics: Sequence[str] | None = None,
     *,
-    num_resamples: int = 2000,
-    confidence: float = 0.95,
+    num_resamples: int = NUM_RESAMPLES,
+    confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Each score of a system with its bootstrap interval over subjects, one row per metric.
@@ -59,9 +66,9 @@ def compare(
     against: str,
     metrics: Sequence[str] | None = None,
     *,
-    num_resamples: int = 2000,
+    num_resamples: int = NUM_RESAMPLES,
     num_permutations: int = 5000,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Compare systems with one of them, on the same cases.
@@ -107,9 +114,9 @@ def compare_pairs(
     systems: Mapping[str, CaseTables],
     metrics: Sequence[str] | None = None,
     *,
-    num_resamples: int = 2000,
+    num_resamples: int = NUM_RESAMPLES,
     num_permutations: int = 5000,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Compare all pairs of systems on the same cases, as `compare` does, with Holm's correction over the pairs.
@@ -143,7 +150,7 @@ class _Resampling:
     def interval(
         self, metric: Callable[..., float], subjects: np.ndarray, *values: np.ndarray
     ) -> tuple[float, float, float]:
-        """Value, low and high; the ends are nan where the value is not finite."""
+        """Value, low and high; the ends are nan where the value is, or where the cases cannot give an interval."""
         value = float(metric(*values)) if len(subjects) else float("nan")
         if not np.isfinite(value):
             return value, float("nan"), float("nan")

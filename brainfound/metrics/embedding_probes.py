@@ -21,7 +21,7 @@ from brainfound.data.splits.dividing import k_folds, label_text, to_numeric_or_n
 from brainfound.errors import UsageError
 from brainfound.metrics.classification import balanced_accuracy
 from brainfound.metrics.regression import r2
-from brainfound.metrics.statistics import Interval, bootstrap_interval
+from brainfound.metrics.statistics import NUM_RESAMPLES, Interval, bootstrap_interval
 from brainfound.metrics.values import finite_array
 
 
@@ -29,17 +29,17 @@ from brainfound.metrics.values import finite_array
 class SiteProbe:
     """Cross-validated scores of linear models that predict site and label from the same embeddings.
 
-    The chance levels are the scores of uninformative embeddings.
+    The chance levels are the scores of uninformative embeddings. What was not probed is None.
     """
 
-    site: Interval
+    site: Interval | None
     """Balanced accuracy, with its bootstrap interval over subjects."""
-    site_chance: float
-    label: Interval
+    site_chance: float | None
+    label: Interval | None
     """Balanced accuracy, or R² for a numeric label, whose chance level is 0."""
-    label_metric: str
+    label_metric: str | None
     """``"balanced_accuracy"`` or ``"r2"``."""
-    label_chance: float
+    label_chance: float | None
     num_folds: int
 
 
@@ -61,12 +61,12 @@ class TestRetest:
 
 def site_probe(
     embeddings: Float[np.ndarray, "N D"],
-    site: Sequence[Any],
-    label: Sequence[Any],
+    site: Sequence[Any] | None,
+    label: Sequence[Any] | None,
     subjects: Sequence[Any],
     seed: int,
     num_folds: int = 5,
-    num_resamples: int = 2000,
+    num_resamples: int = NUM_RESAMPLES,
 ) -> SiteProbe:
     """Predict site and label from the same embeddings, over the same folds by subject.
 
@@ -75,48 +75,66 @@ def site_probe(
 
     Args:
         embeddings: one row per session.
-        site: the site or scanner of each session.
-        label: the label of each session; numbers with more than ten distinct values are regressed, others are classes.
+        site: the site or scanner of each session; None: not probed.
+        label: the label of each session; numbers with more than ten distinct values are regressed, others are classes;
+            None: not probed.
         subjects: the subject of each session; training and test parts share no subject.
         seed: for the folds and the bootstrap.
         num_folds: reduced if there are fewer subjects.
 
     Raises:
-        UsageError: the lengths differ, a value is missing, a site or class is the only one or has a single subject.
+        UsageError: the lengths differ, a value is missing, a site or class is the only one or has a single subject, or
+            numbers are of a single subject.
 
     Source: the site test of B. Glocker et al., "Machine learning with multi-site imaging data", arXiv:1910.04597.
     """
-    features = _embeddings(embeddings, {"site": site, "label": label, "subjects": subjects})
-    owners, sites, labels, numeric = validate_probe_columns(site, label, subjects)
+    given = {"site": site, "label": label, "subjects": subjects}
+    features = _embeddings(embeddings, {name: column for name, column in given.items() if column is not None})
+    owners, sites, labels = validate_probe_columns(site, label, subjects)
+    numeric = labels is not None and np.issubdtype(labels.dtype, np.floating)
     num_folds = min(num_folds, len(set(owners)))
-    folds = k_folds(owners.tolist(), num_folds, seed, {"site": sites.tolist(), "label": labels.tolist()})
-    predicted_sites = cross_val_predict(features, sites, folds, linear_classifier)
-    predicted_labels = cross_val_predict(features, labels, folds, linear_regressor if numeric else linear_classifier)
-    metric = r2 if numeric else balanced_accuracy
+    columns = {name: own.tolist() for name, own in (("site", sites), ("label", labels)) if own is not None}
+    folds = k_folds(owners.tolist(), num_folds, seed, columns)
     options: dict[str, Any] = {"subjects": owners, "seed": seed, "num_resamples": num_resamples}
+
+    def score(truth: np.ndarray | None, metric: Any, make_model: Any) -> Interval | None:
+        if truth is None:
+            return None
+        return bootstrap_interval(metric, truth, cross_val_predict(features, truth, folds, make_model), **options)
+
+    def chance(classes: np.ndarray | None) -> float | None:
+        return None if classes is None else 1 / len(set(classes))
+
+    metric = r2 if numeric else balanced_accuracy
     return SiteProbe(
-        site=bootstrap_interval(balanced_accuracy, sites, predicted_sites, **options),
-        site_chance=1 / len(set(sites)),
-        label=bootstrap_interval(metric, labels, predicted_labels, **options),
-        label_metric=metric.__name__,
-        label_chance=0.0 if numeric else 1 / len(set(labels)),
+        site=score(sites, balanced_accuracy, linear_classifier),
+        site_chance=chance(sites),
+        label=score(labels, metric, linear_regressor if numeric else linear_classifier),
+        label_metric=None if labels is None else metric.__name__,
+        label_chance=0.0 if numeric else chance(labels),
         num_folds=num_folds,
     )
 
 
 def validate_probe_columns(
-    site: Sequence[Any], label: Sequence[Any], subjects: Sequence[Any]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-    """Subjects, sites and labels (N,) of a site probe, and whether the labels are numbers.
+    site: Sequence[Any] | None, label: Sequence[Any] | None, subjects: Sequence[Any]
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Subjects, sites and labels (N,) of a site probe; labels that are numbers are float64. A column may be None.
 
     Raises as `site_probe`; call it to find faults before anything is embedded.
     """
     owners = np.array([label_text(subject) for subject in subjects])
-    sites = _classes(site, owners, "site")
+    sites = None if site is None else _classes(site, owners, "site")
+    if label is None:
+        return owners, sites, None
     numbers = to_numeric_or_none(list(label))
-    if numbers is not None and np.isnan(numbers).any():
+    if numbers is None:
+        return owners, sites, _classes(label, owners, "label")
+    if np.isnan(numbers).any():
         raise UsageError("a value is missing", where="label", remedy="Leave out the sessions without a label")
-    return owners, sites, _classes(label, owners, "label") if numbers is None else numbers, numbers is not None
+    if len(set(owners)) < 2:
+        raise UsageError("a single subject is too few for training and test", where="label")
+    return owners, sites, numbers
 
 
 def test_retest(embeddings: Float[np.ndarray, "N D"], subjects: Sequence[Any], sessions: Sequence[Any]) -> TestRetest:

@@ -16,6 +16,7 @@ Axes: N cases, m positives, n negatives, k folds, M tests.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +29,16 @@ from brainfound.metrics.classification import one_vs_rest
 from brainfound.metrics.values import finite_array, is_constant
 
 Metric = Callable[..., float]
+CONFIDENCE, NUM_RESAMPLES = 0.95, 2000
+"""Of every bootstrap interval, unless a caller gives others."""
 
 
 @dataclass(frozen=True)
 class Interval:
     """A score with its interval.
 
-    `num_undefined` counts the resamples without a score (a resample of one class has no AUROC), which are left out;
-    with many of them the interval is unreliable. A closed form has no resamples.
+    The ends are ``nan`` where the cases cannot give an interval. `num_undefined` counts the resamples without a score
+    (a resample of one class has no AUROC), which are left out. A closed form has no resamples.
     """
 
     estimate: float
@@ -44,20 +47,48 @@ class Interval:
     confidence: float
     num_resamples: int
     num_undefined: int
+    num_subjects: int
 
     def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.estimate:.3f}"
         return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def least_subjects(confidence: float = CONFIDENCE) -> int:
+    """The least number of subjects for a bootstrap interval: 6 for 95%.
+
+    The resampled means of n subjects lie between the lowest and the highest of them. These two enclose the centre of a
+    symmetric distribution with the probability 1 − 2^(1 − n), so with fewer subjects no interval can reach the
+    confidence.
+
+    Source: H. A. David and H. N. Nagaraja, "Order Statistics" (2003), section 7.1.
+    """
+    return math.ceil(1 - math.log2(1 - confidence) - 1e-9)
+
+
+def explain_missing_interval(num_subjects: int, confidence: float = CONFIDENCE) -> str:
+    """Why a defined score has no bootstrap interval, in one sentence."""
+    least = least_subjects(confidence)
+    if num_subjects < least:
+        subjects = f"{num_subjects} subject{'' if num_subjects == 1 else 's'}"
+        return f"no {confidence:.0%} interval of {subjects}: it needs {least} or more"
+    return "no interval where many resamples leave the score undefined"
 
 
 def bootstrap_interval(
     metric: Metric,
     *values: Any,
     subjects: Any = None,
-    num_resamples: int = 2000,
-    confidence: float = 0.95,
+    num_resamples: int = NUM_RESAMPLES,
+    confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Interval:
     """Percentile bootstrap interval of ``metric(*values)``, as in ``bootstrap_interval(auroc, labels, scores)``.
+
+    The same values give the same interval, whatever the order of the cases and the names of the subjects. The ends are
+    ``nan`` with fewer than `least_subjects`, or where more than 1 − confidence of the resamples have no score, more
+    than lie beyond the ends.
 
     Args:
         values: (N, …) arrays.
@@ -71,8 +102,7 @@ def bootstrap_interval(
     if not 0 < confidence < 1 or num_resamples < 1:
         raise UsageError("invalid settings of the bootstrap", got=f"confidence {confidence}, {num_resamples} resamples")
     arrays = _aligned(values)
-    owner = _number_subjects(subjects, len(arrays[0]))
-    by_subject = np.argsort(owner, kind="stable")
+    owner, by_subject = _number_subjects(subjects, arrays)
     groups = np.split(by_subject, np.cumsum(np.bincount(owner))[:-1])
     generator = np.random.default_rng(seed)
     resampled = np.empty(num_resamples)
@@ -86,9 +116,12 @@ def bootstrap_interval(
     if defined.size == 0:
         raise UsageError("the metric is undefined on every resample", got=f"{len(groups)} subjects")
     tail = (1 - confidence) / 2
-    low, high = np.quantile(defined, [tail, 1 - tail])
     num_undefined = num_resamples - defined.size
-    return Interval(float(metric(*arrays)), float(low), float(high), confidence, num_resamples, num_undefined)
+    low, high = np.quantile(defined, [tail, 1 - tail])
+    if len(groups) < least_subjects(confidence) or num_undefined > (1 - confidence) * num_resamples:
+        low = high = np.nan
+    ends = float(low), float(high)
+    return Interval(float(metric(*arrays)), *ends, confidence, num_resamples, num_undefined, len(groups))
 
 
 def paired_permutation_test(
@@ -116,7 +149,7 @@ def paired_permutation_test(
     observed = abs(metric(first) - metric(second))
     if np.isnan(observed):
         return float("nan")
-    owner = _number_subjects(subjects, len(first))
+    owner, _ = _number_subjects(subjects, [first, second])
     num_subjects = int(owner.max()) + 1
     exact = num_subjects < 63 and 2**num_subjects <= num_permutations
     if exact:
@@ -164,14 +197,27 @@ def _aligned(values: tuple[Any, ...]) -> list[np.ndarray]:
     return arrays
 
 
-def _number_subjects(subjects: Any, num_cases: int) -> np.ndarray:
-    """The number of the subject of each case (N,)."""
-    if subjects is None:
-        return np.arange(num_cases)
-    names = np.asarray(subjects)
+def _number_subjects(subjects: Any, arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The number of the subject of each case (N,), and the cases ordered by it (N,).
+
+    Subjects are numbered by their values, the highest first, so that neither their names nor the order of the rows
+    changes a resample.
+    """
+    num_cases = len(arrays[0])
+    names = np.arange(num_cases) if subjects is None else np.asarray(subjects)
     if names.shape != (num_cases,):
         raise UsageError("subjects do not fit the cases", where="subjects", got=names.shape, expected=(num_cases,))
-    return np.unique(names, return_inverse=True)[1]
+    columns = [column for array in arrays for column in array.reshape(num_cases, -1).T]
+    plain = [column.astype(str) if column.dtype == object else column for column in columns]
+    codes = np.stack([np.zeros(num_cases, int), *(np.unique(own, return_inverse=True)[1] for own in plain)], axis=1)
+    ranks = np.unique(codes, axis=0, return_inverse=True)[1].reshape(num_cases)
+    owner = np.unique(names, return_inverse=True)[1]
+    by_subject = np.lexsort((ranks, owner))
+    values = [tuple(own) for own in np.split(ranks[by_subject], np.cumsum(np.bincount(owner))[:-1])]
+    numbers = np.empty(len(values), dtype=np.intp)
+    numbers[sorted(range(len(values)), key=values.__getitem__, reverse=True)] = np.arange(len(values))
+    owner = numbers[owner]
+    return owner, np.lexsort((ranks, owner))
 
 
 @dataclass(frozen=True)
@@ -186,7 +232,7 @@ class DelongTest:
     """1 for equal rankings, ``nan`` where no variance can be computed."""
 
 
-def delong_interval(labels: Any, scores: Any, confidence: float = 0.95) -> Interval:
+def delong_interval(labels: Any, scores: Any, confidence: float = CONFIDENCE) -> Interval:
     """AUROC with its normal interval by DeLong, clipped to 0–1; arguments as `delong_test`.
 
     Perfect separation has variance 0 and thus width 0: a sign of few cases, not of certainty. The ends are ``nan`` with
@@ -197,7 +243,7 @@ def delong_interval(labels: Any, scores: Any, confidence: float = 0.95) -> Inter
     areas, covariance = _areas_and_covariance(labels, [scores])
     reach = float(stats.norm.ppf((1 + confidence) / 2) * np.sqrt(covariance[0, 0]))
     low, high = np.clip([areas[0] - reach, areas[0] + reach], 0, 1).tolist()
-    return Interval(float(areas[0]), low, high, confidence, num_resamples=0, num_undefined=0)
+    return Interval(float(areas[0]), low, high, confidence, 0, 0, len(np.asarray(labels)))
 
 
 def delong_test(labels: Any, a: Any, b: Any) -> DelongTest:
@@ -253,7 +299,7 @@ class FoldTest:
     num_folds: int
 
 
-def fold_t_test(a: Any, b: Any, test_to_train: float | None = None, confidence: float = 0.95) -> FoldTest:
+def fold_t_test(a: Any, b: Any, test_to_train: float | None = None, confidence: float = CONFIDENCE) -> FoldTest:
     """Paired two-sided t-test of the scores of two systems over folds.
 
     The plain test assumes independent folds. The training parts of a cross-validation overlap, so its variance is too

@@ -30,12 +30,13 @@ from transformers import (
 from transformers.utils import cached_file
 
 from brainfound.errors import ModelError
+from brainfound.hub import cache_if_hub_is_away
 from brainfound.models.hub import (
-    LOAD_FAILURES,
+    reading_model,
     require_coverage,
     require_findable,
+    require_finite,
     silence_transformers,
-    unreadable_model_error,
 )
 
 # Weights that a pretrained ViT may lack: the mask token starts at zero, and poolers are unused.
@@ -82,19 +83,16 @@ class Family:
         """The transformers model in float32 with all weights from the checkpoint; a missing mask token is zero."""
         # Any: with output_loading_info it returns a pair, which its annotations omit.
         from_pretrained: Any = self.model_class.from_pretrained
-        try:
-            with silence_transformers():
-                model, info = from_pretrained(
-                    source,
-                    config=config,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    output_loading_info=True,
-                    **self.load_options,
-                    **options,
-                )
-        except LOAD_FAILURES as error:
-            raise unreadable_model_error(source, error) from error
+        with reading_model(source), silence_transformers():
+            model, info = from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                **self.load_options,
+                **options,
+            )
         left_over = [] if self.on_top is None else [k for k in info["unexpected_keys"] if not k.startswith(self.on_top)]
         if left_over:
             raise ModelError(
@@ -108,6 +106,7 @@ class Family:
         if any("mask_token" in key for key in info["missing_keys"]):
             with torch.no_grad():
                 model.embeddings.mask_token.zero_()
+        require_finite(source, model.state_dict())
         return model
 
     def image_statistics(self, source: str, hub_options: Mapping[str, Any]) -> dict[str, float]:
@@ -232,7 +231,8 @@ def _to_dinov2_name(name: str) -> str:
 
 def _find_preprocessor(source: str, hub_options: Mapping[str, Any]) -> Path | None:
     try:
-        found = cached_file(source, _PREPROCESSOR_FILE, _raise_exceptions_for_missing_entries=False, **hub_options)
+        with cache_if_hub_is_away():
+            found = cached_file(source, _PREPROCESSOR_FILE, _raise_exceptions_for_missing_entries=False, **hub_options)
     except OSError:
         warnings.warn(
             f"{_PREPROCESSOR_FILE} of {source} cannot be fetched: its images are taken to have been normalised with"
@@ -299,17 +299,15 @@ def load_image_statistics(id_or_folder: str | Path, **hub_options: Any) -> dict[
 def _find_family(id_or_folder: str | Path, hub_options: dict[str, Any]) -> tuple[str, PreTrainedConfig, Family]:
     source = str(id_or_folder)
     require_findable(source)
-    try:
+    with reading_model(source):
         config = AutoConfig.from_pretrained(source, **hub_options)
-    except LOAD_FAILURES as error:
-        raise unreadable_model_error(source, error) from error
     if config.model_type not in FAMILIES:
         is_ours = config.model_type == "brainfound"
         raise ModelError(
             f"a {config.model_type!r} model is not a supported backbone",
             where=source,
             expected=f"one of {', '.join(FAMILIES)}",
-            remedy="Load it with BrainFoundModel.from_pretrained" if is_ours else "Give the id of a DINOv2 model",
+            remedy="Call from_pretrained of the same class instead" if is_ours else "Give the id of a DINOv2 model",
         )
     return source, config, FAMILIES[config.model_type]
 

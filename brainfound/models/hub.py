@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from brainfound.errors import ModelError
+from brainfound.errors import BrainFoundError, ModelError, closest_folder
+from brainfound.hub import cache_if_hub_is_away, describe_hub_error
 
 LOAD_FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
 """Errors that transformers or the file system raises for an unreadable source."""
@@ -27,7 +29,34 @@ def require_findable(source: str) -> None:
     path = Path(source)
     if not is_hub_id(source) and not path.is_dir():
         what = "this is a file, not a model folder" if path.is_file() else "no such model folder"
-        raise ModelError(what, where=source, remedy="Give a folder with config.json and safetensors, or a Hub id")
+        remedy = _suggest_folder(source) or "Give a folder with config.json and safetensors, or a Hub id"
+        raise ModelError(what, where=source, remedy=remedy)
+
+
+def _suggest_folder(source: str) -> str | None:
+    """A sentence with the model folder of a similar path, if there is one."""
+
+    def holds_model(folder: Path) -> bool:
+        return any((folder / name).exists() for name in ("config.json", "bundle.json", "export"))
+
+    close = closest_folder(source, holds_model)
+    return f"Did you mean {close}?" if close else None
+
+
+@contextmanager
+def reading_model(source: str) -> Iterator[None]:
+    """Turn errors of reading a model into `unreadable_model_error`; without the Hub its cache is read at once."""
+    is_local = Path(source).is_dir()
+    try:
+        with nullcontext() if is_local else cache_if_hub_is_away():
+            yield
+    except BrainFoundError:
+        raise
+    except Exception as error:
+        # The Hub's HTTP library has errors of its own.
+        if is_local and not isinstance(error, LOAD_FAILURES):
+            raise
+        raise unreadable_model_error(source, error) from error
 
 
 def unreadable_model_error(source: str, error: Exception) -> ModelError:
@@ -37,8 +66,8 @@ def unreadable_model_error(source: str, error: Exception) -> ModelError:
         return ModelError(
             "neither a folder nor a model that can be fetched from the Hugging Face Hub",
             where=source,
-            got=type(error).__name__,
-            remedy="Check the name and the connection, or give a local folder",
+            got=describe_hub_error(error),
+            remedy=_suggest_folder(source) or "Check the name and the connection, or give a local folder",
         )
     has_config, export = (folder / "config.json").is_file(), folder / "export"
     if not has_config and (folder / "adapter_config.json").is_file():
@@ -71,6 +100,25 @@ def require_coverage(source: str, missing: Iterable[str], total: int) -> None:
             f"the checkpoint lacks {len(missing)} of the model's {total} weights: {list_keys(missing)}",
             where=source,
             remedy="Give a complete checkpoint of this model",
+        )
+
+
+@torch.no_grad()
+def require_finite(source: object, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights with an infinite or undefined value; the error names them."""
+    # A finite sum, the quick test, has finite terms; only an infinite one may have too, after an overflow.
+    broken = [
+        name
+        for name, values in weights.items()
+        if values.is_floating_point() and not values.is_meta
+        if not (values.sum().isfinite() or values.isfinite().all())
+    ]
+    if broken:
+        raise ModelError(
+            f"{len(broken)} of {len(weights)} weights hold infinite or undefined values: {list_keys(broken)}",
+            where=source,
+            expected="finite numbers",
+            remedy="Take an earlier or whole copy; a conversion to half precision may have overflowed",
         )
 
 

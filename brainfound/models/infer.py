@@ -30,9 +30,11 @@ class InferenceAugmentation:
     """Test-time augmentation of a segmentation, whose variants are averaged; the default is the plain slice alone."""
 
     flips: bool = False
-    """Also mirror each slice left to right. Not for labels that name a side."""
+    """Also mirror each slice left to right."""
     overlap: bool = False
     """Also shift each slice by half a patch down, right, and both: the edge of a patch becomes the middle of one."""
+    mirrored_channels: tuple[int, ...] = ()
+    """For each label, that of the other side, which takes its place in a mirrored slice; empty: none has a side."""
 
     def variants(self, patch_size: int) -> list[FlipAndShift]:
         """The 1, 2, 4 or 8 variants, the plain one first."""
@@ -117,7 +119,7 @@ def segment(
     for first in range(0, num_slices, chunk):
         index = np.arange(first, min(first + chunk, num_slices))
         read = np.arange(max(first - reach, 0), min(first + chunk + reach, num_slices))
-        probabilities = _probabilities(model, stack, read, augmentation.variants(patch_size), overlapping)
+        probabilities = _probabilities(model, stack, read, augmentation, patch_size, overlapping)
         probabilities = probabilities[first - read[0] :][: len(index)]
         if labels is not None:
             labels[index] = (probabilities > 0.5).cpu().numpy()
@@ -136,9 +138,15 @@ def segment(
 
 
 def _probabilities(
-    model: nn.Module, stack: Stack, index: np.ndarray, variants: list[FlipAndShift], overlapping: bool
+    model: nn.Module,
+    stack: Stack,
+    index: np.ndarray,
+    augmentation: InferenceAugmentation,
+    patch_size: int,
+    overlapping: bool,
 ) -> Float[Tensor, "S K H W"]:
     """Probabilities of some slices, averaged over the variants that contain each pixel."""
+    variants = augmentation.variants(patch_size)
     batch = collate([stack], [index]).to(next(model.parameters()).device)
 
     def predict(pixel_values: Tensor) -> Tensor:
@@ -150,6 +158,8 @@ def _probabilities(
     total = count = torch.zeros((), device=batch.pixel_values.device)
     for variant in variants:
         probabilities = variant.undo(predict(variant.apply(batch.pixel_values)))
+        if variant.flipped and augmentation.mirrored_channels:
+            probabilities = probabilities[:, list(augmentation.mirrored_channels)]
         total, count = total + probabilities, count + variant.undo(torch.ones_like(probabilities[0, 0]))
     return total / count
 

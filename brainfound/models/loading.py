@@ -15,14 +15,18 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from brainfound.data.splits.training_history import HISTORY_FILE, TrainingHistory
 from brainfound.errors import ModelError, UsageError
+from brainfound.hub import cache_if_hub_is_away
 from brainfound.models.backbones import FAMILIES, get_patch_size
 from brainfound.models.configuration import BrainFoundConfig, config_fields
 from brainfound.models.hub import (
-    LOAD_FAILURES,
+    is_hub_id,
     list_keys,
+    reading_model,
     require_coverage,
     require_findable,
+    require_finite,
     silence_transformers,
     unreadable_model_error,
 )
@@ -62,11 +66,24 @@ def load_initial_model(kind: type[AnyModel], source: str | Path, contrasts: Sequ
 
 def is_brainfound(source: str | Path) -> bool:
     """Whether a Hub id or folder holds a BrainFound model (else it should be a plain ViT)."""
-    try:
+    require_findable(str(source))
+    with reading_model(str(source)):
         content, _ = PreTrainedConfig.get_config_dict(str(source))
-    except LOAD_FAILURES as error:
-        raise unreadable_model_error(str(source), error) from error
     return content.get("model_type") == BrainFoundConfig.model_type
+
+
+def read_history(source: str | Path) -> TrainingHistory:
+    """The recorded training of an initial model, a folder or a Hub id; empty if nothing is recorded."""
+    folder = Path(source)
+    if is_hub_id(str(source)):
+        from huggingface_hub import hf_hub_download
+
+        try:
+            with cache_if_hub_is_away():
+                folder = Path(hf_hub_download(str(source), HISTORY_FILE)).parent
+        except Exception:  # no such file, or one of the many errors of the Hub's HTTP library
+            return TrainingHistory()
+    return TrainingHistory.load(folder)
 
 
 def read_patch_size(source: str | Path, contrasts: Sequence[str]) -> int | None:
@@ -78,10 +95,8 @@ def read_patch_size(source: str | Path, contrasts: Sequence[str]) -> int | None:
     folder = Path(source)
     if (folder / "bundle.json").is_file() and not (folder / "model.safetensors").is_file():
         raise unreadable_model_error(str(source), FileNotFoundError())
-    try:
+    with reading_model(str(source)):
         config = (BrainFoundConfig if is_ours else AutoConfig).from_pretrained(str(source))
-    except LOAD_FAILURES as error:
-        raise unreadable_model_error(str(source), error) from error
     if is_ours:
         _require_contrasts(source, config.contrasts, contrasts)
         config = config.backbone_config
@@ -132,12 +147,9 @@ def load_checked(
             expected=saved_head,
             remedy="Load it as it was saved, or give ignore_mismatched_sizes=True: then its last layer begins anew",
         )
-    try:
-        with silence_transformers():
-            # Mismatched shapes are refused below, with the names of the weights.
-            model, info = load(source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    except LOAD_FAILURES as error:
-        raise unreadable_model_error(source, error) from error
+    with reading_model(source), silence_transformers():
+        # Mismatched shapes are refused below, with the names of the weights.
+        model, info = load(source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     new_parts = _new_parts(kind, model.config, saved)
     if saved_head != requested_head:
         new_parts += (_OUTPUT_LAYERS[kind.__name__],)
@@ -158,6 +170,7 @@ def load_checked(
             where=source,
             remedy="Load it with the class and the configuration that it was saved with",
         )
+    require_finite(source, model.state_dict())
     _copy_out_of_mmap(model)
     if stem not in (None, saved.stem):
         model.config.stem = stem
@@ -229,10 +242,8 @@ def _read_saved_config(source: str, options: dict[str, Any]) -> BrainFoundConfig
     require_findable(source)
     names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
     hub_options = {name: options[name] for name in names if name in options}
-    try:
+    with reading_model(source):
         content, _ = BrainFoundConfig.get_config_dict(source, **hub_options)
-    except LOAD_FAILURES as error:
-        raise unreadable_model_error(source, error) from error
     if not content:  # what transformers returns for a folder without config.json
         raise unreadable_model_error(source, FileNotFoundError(source))
     if content.get("model_type") != BrainFoundConfig.model_type:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,6 +15,7 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from brainfound.contrasts import parse_contrast
+from brainfound.data.worker_processes import map_in_processes
 from brainfound.errors import BrainFoundError, UsageError, did_you_mean
 from brainfound.phantom.label_maps import find_label_maps, read_label_map
 from brainfound.phantom.pathology import DIAGNOSES
@@ -147,29 +147,15 @@ def _write_subjects(
     persons: dict[int, Participant] = {}
     # A process caches only a few label maps, so subjects of one map follow each other.
     order = sorted(range(num_subjects), key=lambda index: (str(draw_head(settings, index)[1]), index))
-
-    def add(index: int, person: Participant) -> None:
-        persons[index] = person
-        if progress is not None:
-            progress(len(persons), num_subjects)
-
-    if workers == 1:
-        for index in order:
-            add(index, _write_one(folder, settings, index))
-    else:
-        # "spawn" behaves the same on every platform and does not copy thread locks.
-        with ProcessPoolExecutor(min(workers, num_subjects), mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(_write_one, folder, settings, index): index for index in order}
-            try:
-                for future in as_completed(futures):
-                    add(futures[future], future.result())
-            except BrokenProcessPool as error:
-                got, place = f"{workers} workers", folder.parent
-                remedy = "Use fewer workers or a larger spacing; each worker needs about 0.7 GB at 1 mm"
-                raise BrainFoundError("a worker process died", where=place, got=got, remedy=remedy) from error
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+    try:
+        for index, person in map_in_processes(partial(_write_one, folder, settings), order, workers):
+            persons[index] = person
+            if progress is not None:
+                progress(len(persons), num_subjects)
+    except BrokenProcessPool as error:
+        got, place = f"{workers} workers", folder.parent
+        remedy = "Use fewer workers or a larger spacing; each worker needs about 0.7 GB at 1 mm"
+        raise BrainFoundError("a worker process died", where=place, got=got, remedy=remedy) from error
     return [persons[index] for index in range(num_subjects)]
 
 

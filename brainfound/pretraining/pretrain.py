@@ -18,16 +18,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
 from brainfound.adapters.attach import count_parameters
 from brainfound.data.checking.contract import InputContract
+from brainfound.data.splits.training_history import TrainingHistory
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError, UsageError
 from brainfound.models import BrainFoundModel
 from brainfound.models.hub import silence_transformers
+from brainfound.models.loading import read_history
 from brainfound.pretraining.dry_run import TargetHardware, report_dry_run
 from brainfound.pretraining.preflight import run_preflight_checks
 from brainfound.pretraining.recipe import (
@@ -37,12 +40,13 @@ from brainfound.pretraining.recipe import (
     resolve_auto_settings,
     resolve_recipe,
 )
-from brainfound.pretraining.starting_model import build_model
+from brainfound.pretraining.starting_model import FROM_SCRATCH, build_model
 from brainfound.pretraining.task import PretrainTask, make_task
 from brainfound.report.cards import write_model_card
 from brainfound.training import distributed, run_folder
 from brainfound.training.checkpoint import wrap_write_errors
 from brainfound.training.engine import Engine
+from brainfound.training.process import describe_devices
 from brainfound.training.run_folder import EXPORT_FOLDER, versions
 
 
@@ -115,6 +119,9 @@ def _train(
     engine_recipe, auto_facts = resolve_auto_settings(recipe.engine, model.encoder, recipe.views, accelerator.device)
     recipe = recipe.model_copy(update={"engine": engine_recipe})
     task = make_task(recipe, store, model, folder, accelerator)
+    history = TrainingHistory(complete=True)
+    if recipe.init.source != FROM_SCRATCH:
+        history = read_history(recipe.init.source)
     facts = run_folder.common_run_info(store, accelerator, recipe.seed) | auto_facts
     facts |= {
         "num_slices": len(task.dataset),
@@ -135,7 +142,7 @@ def _train(
         # Raised on all ranks. The best weights before the stop are still worth exporting.
         stopped = error
     try:
-        _export_and_finish(folder, model, engine, task, stopped)
+        _export_and_finish(folder, model, engine, task, stopped, history)
     except TrainingError as error:
         if stopped is None:
             raise
@@ -158,7 +165,12 @@ def _describe_training(recipe: PretrainRecipe, task: PretrainTask, num_trained_p
 
 
 def _export_and_finish(
-    folder: Path, model: BrainFoundModel, engine: Engine, task: PretrainTask, stopped: TrainingError | None
+    folder: Path,
+    model: BrainFoundModel,
+    engine: Engine,
+    task: PretrainTask,
+    stopped: TrainingError | None,
+    history: TrainingHistory,
 ) -> None:
     """Write the export and the run's final status; all ranks wait for it, and all raise if it fails."""
     is_main = engine.accelerator.is_main_process
@@ -172,15 +184,24 @@ def _export_and_finish(
 
     def write() -> None:
         if exported_step is not None:
-            export(folder, model, task, weights, exported_step)
+            export(folder, model, task, weights, exported_step, history)
         status = run_folder.DONE if stopped is None else f"stopped: {stopped}"
         run_folder.write_end(folder, status, exported_step, engine.step)
 
     distributed.run_on_main_rank(write, is_main)
 
 
-def export(folder: Path, model: BrainFoundModel, task: PretrainTask, weights: Mapping[str, Tensor], step: int) -> Path:
+def export(
+    folder: Path,
+    model: BrainFoundModel,
+    task: PretrainTask,
+    weights: Mapping[str, Tensor],
+    step: int,
+    history: TrainingHistory,
+) -> Path:
     """Write export/: `weights` of the encoder, reached at `step`, with preprocessing, input contract and card.
+
+    `history` is that of the starting model; with the store it is written beside the weights.
 
     It is written under another name and then renamed, so that export/ is always complete.
 
@@ -197,6 +218,9 @@ def export(folder: Path, model: BrainFoundModel, task: PretrainTask, weights: Ma
                 model.eval().save_pretrained(temporary)
             task.store.preprocessing.save(temporary)
             InputContract.of(task.store).save(temporary)
+            if step:
+                history = history.extended(task.store, {"train": np.arange(len(task.store))})
+            history.save(temporary)
             write_model_card(temporary, card)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
@@ -208,6 +232,7 @@ def export(folder: Path, model: BrainFoundModel, task: PretrainTask, weights: Ma
 def _card_facts(model: BrainFoundModel, task: PretrainTask, step: int) -> dict[str, Any]:
     recipe, store, objective, guard = task.recipe, task.store, task.objective, task.guard.state
     source = recipe.init.source
+    new_weights = source == FROM_SCRATCH
     scores = {"first": guard.first_score, "best": guard.best_score, "last": guard.last_score}
     untouched = recipe.engine.steps == 0
     described, exported = objective.describe(), objective.exported_name
@@ -219,11 +244,14 @@ def _card_facts(model: BrainFoundModel, task: PretrainTask, step: int) -> dict[s
         "name": recipe.name,
         "summary": f"{summary} (it has no task head).",
         "kind": "encoder as it was before any training here" if untouched else "self-supervised encoder",
-        "base_model": None if source == "none" else source,
+        "base_model": None if new_weights else source,
+        "start": "new weights" if new_weights else None,
         "backbone": model.config.backbone_config.model_type,
         "stem": model.config.stem,
         "aggregator": model.config.aggregator,
+        "adapter": "none",
         "objective": "none" if untouched else described,
+        "labels": "none",
         "trained part": None if untouched else recipe.trained.describe(model.encoder.num_layers),
         "contrasts": list(store.contrasts),
         "preprocessing": store.preprocessing.model_dump(mode="json"),
@@ -232,15 +260,15 @@ def _card_facts(model: BrainFoundModel, task: PretrainTask, step: int) -> dict[s
         "data_hash": store.content_hash,
         "num_sessions": len(store),
         "num_subjects": int(store.sessions["subject"].nunique()),
-        "num_slices": store.num_slices,
+        "num_slices": len(task.dataset),
         "seed": recipe.seed,
+        "device": describe_devices(task.device, task.world_size),
         "versions": versions(),
         "metrics": [
             {"metric": f"{name} {probe}", "value": value, "data": "the pretraining store, split by subject"}
             for name, value in scores.items()
             if value is not None
         ],
-        "start": "new weights" if source == "none" else None,
         "guard": {key: value for key, value in asdict(guard).items() if value is not None and "step" in key}
         | ({"rollbacks": guard.rollbacks, "lr_scale": guard.lr_scale} if guard.rollbacks else {}),
     }

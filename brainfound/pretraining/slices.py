@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from brainfound.data.batches import as_tensor
 from brainfound.data.store import Store
+from brainfound.data.worker_processes import loader_context
 from brainfound.errors import StoreError
 from brainfound.training.data_loading import RankBatchSampler
 from brainfound.training.randomness import NEIGHBOURS, uniform_at_positions
@@ -136,4 +137,10 @@ def _identity_collate(batch: Any) -> Any:
 
 def make_slice_loader(dataset: SliceDataset, batches: RankBatchSampler, num_workers: int) -> DataLoader:
     sampler = batches if dataset.neighbours is None else PairedBatchSampler(batches, dataset.neighbours)
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=_identity_collate)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_identity_collate,
+        multiprocessing_context=loader_context(num_workers),
+    )

@@ -29,7 +29,7 @@ _TABLE_FACTS = (
     "data_hash", "num_sessions", "num_subjects", "num_slices", "seed", "device", "versions",
 )  # fmt: skip
 _KNOWN_FACTS = {
-    *_TABLE_FACTS, "name", "summary", "license", "tags", "base_model", "base_model_relation", "datasets",
+    *_TABLE_FACTS, "name", "summary", "license", "tags", "base_model", "base_model_relation", "start", "datasets",
     "pipeline_tag", "contrasts", "preprocessing", "metrics", "model_class", "model_code", "repo_id",
 }  # fmt: skip
 
@@ -40,13 +40,13 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     Args:
         folder: created if needed.
         facts: any of: name, summary, kind, base_model (Hub id or folder), base_model_relation,
-            backbone, stem, aggregator, adapter, objective, labels, contrasts (list), preprocessing (mapping),
-            recipe, steps, training_data, data_hash, num_sessions, num_subjects, num_slices, seed, device,
-            versions (mapping), license (Hub identifier), tags, datasets (Hub ids), pipeline_tag, model_class,
-            model_code (how the model alone is loaded), repo_id, metrics. `metrics` is a mapping name → value,
-            or a list of mappings with at least metric and value (more keys, such as data, contrasts, low and
-            high, are more columns). A fact that is missing or None reads "not recorded"; any other fact is
-            listed unchanged.
+            start (what stands in place of a base model), backbone, stem, aggregator, adapter, objective,
+            labels, contrasts (list), preprocessing (mapping), recipe, steps, training_data, data_hash, num_sessions,
+            num_subjects, num_slices, seed, device, versions (mapping), license (Hub identifier), tags, datasets (Hub
+            ids), pipeline_tag, model_class, model_code (how the model alone is loaded), repo_id, metrics. `metrics` is
+            a mapping name → value, or a list of mappings with at least metric and value (more keys, such as data,
+            contrasts, low and high, are more columns). A fact that is missing or None reads "not recorded"; any other
+            fact is listed unchanged.
 
     Raises:
         UsageError: `metrics` has neither form, or a tag is not text.
@@ -104,11 +104,12 @@ def _hub_base_model(facts: Mapping[str, Any]) -> bool:
 
 def _base_model(facts: Mapping[str, Any]) -> str:
     if "base_model" not in facts:
-        return NOT_RECORDED
+        return _cell(facts.get("start"))
     if _hub_base_model(facts):
         return f"[{facts['base_model']}](https://huggingface.co/{facts['base_model']})"
-    # Only the name of a folder: its path is private.
-    return f"{_cell(Path(str(facts['base_model'])).name)} (a local folder)"
+    # Only the name of a folder, or of the run that exported it: its path is private.
+    path = Path(str(facts["base_model"]))
+    return f"{_cell('/'.join(path.parts[-2:] if path.name == 'export' else path.parts[-1:]))} (a local folder)"
 
 
 def _other(facts: Mapping[str, Any]) -> str:

@@ -69,6 +69,12 @@ def describe_device(device: torch.device) -> tuple[str, str]:
     return str(device), f"chosen by Accelerate ({device.type})"
 
 
+def describe_devices(device: torch.device, num_processes: int) -> str:
+    """The device in use and the number of processes, for a model card."""
+    name = device.type if device.type != "cuda" else f"cuda, {torch.cuda.get_device_name(device)}"
+    return name if num_processes == 1 else f"{name} ({num_processes} processes)"
+
+
 @dataclass(frozen=True)
 class PrecisionProbe:
     """The choice that "auto" makes on a device, and the speed of a matrix product in 10⁹ operations per second."""

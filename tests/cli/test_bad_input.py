@@ -162,14 +162,37 @@ def test_a_second_scan_of_a_contrast_is_listed_and_is_no_failure(cli, source, tm
     assert json.loads((tmp_path / "store" / "store.json").read_text())["num_rejected_files"] == 0
 
 
-def test_a_second_scan_of_a_refused_one_is_not_said_to_be_replaced(cli, source, tmp_path):
-    shutil.copy(source / "s00_T1w.nii.gz", source / "again_T1w.nii.gz")
-    truncate(source / "s00_T1w.nii.gz")
-    rows = rows_of(source)
-    rewrite(source, [*rows, [*rows[1][:3], "again_T1w.nii.gz", *rows[1][4:]]])
+@pytest.mark.parametrize("fault", ["truncated", "4-D", "gone", "elsewhere"])
+def test_the_next_scan_of_a_contrast_is_tried(cli, classifier, source, tmp_path, fault):
+    rows, first = rows_of(source), source / "s00_T2w.nii.gz"
+    for name in ("again_T2w.nii.gz", "third_T2w.nii.gz"):
+        shutil.copy(first, source / name)
+    rewrite(source, [*rows, *([*rows[2][:3], f"{name}_T2w.nii.gz", *rows[2][4:]] for name in ("again", "third"))])
+    image = nib.load(first)
+    if fault == "truncated":
+        truncate(first)
+    elif fault == "4-D":
+        nib.save(nib.Nifti1Image(np.stack([image.get_fdata()] * 2, axis=-1), image.affine), first)
+    elif fault == "gone":
+        first.unlink()
+    else:
+        nib.save(nib.Nifti1Image(image.get_fdata(), np.diag([3.0, 3, 3, 1]) + 900 * np.eye(4, k=3)), first)
     assert cli("prepare", source, tmp_path / "store", *COARSE).code == 3
     listed = pd.read_csv(tmp_path / "store" / "rejected.tsv", sep="\t").set_index("file")["reason"]
-    assert listed["again_T1w.nii.gz"] == "another scan of this contrast was first, and refused: s00_T1w.nii.gz"
+    assert set(listed.index) == {"s00_T2w.nii.gz", "third_T2w.nii.gz"}
+    assert listed["third_T2w.nii.gz"] == "another scan of this contrast is used: again_T2w.nii.gz"
+    quality = pd.read_csv(tmp_path / "store" / "quality.tsv", sep="\t").set_index(["subject", "contrast"])
+    used = quality.loc[("s00", "T2w")]
+    assert used["file"] == "again_T2w.nii.gz"
+    assert "scan 2 of 3 of this contrast is used, since the first cannot be (" in used["notes"]
+    checked = cli("check", source, "--contrasts", "T1w,T2w")
+    assert checked.code == 3
+    assert "scan 2 of 3 of this contrast is used, since the first cannot be (" in checked.out
+    assert cli("predict", classifier, source, "--out", tmp_path / "answers").code == 3
+    answer = json.loads((tmp_path / "answers" / "s00_ses-1.json").read_text())
+    assert "T2w" in answer["contrasts"]
+    assert any("scan 2 of 3" in note for note in answer["notes"])
+    assert any("s00_T2w.nii.gz" in reason for reason in answer["rejected"])
 
 
 @pytest.mark.parametrize(
@@ -225,10 +248,10 @@ PRETRAIN = ["pretrain", "pretrain-demo", "--data", "{store}", "--out", "{tmp}/ru
         ([*DIAGNOSIS, "--model", "{run}"], 1, ["no config.json", "Give its export"]),
         ([*DIAGNOSIS, "--model", "{run}/export"], 1, ["what a fine-tuning exported"]),
         (["finetune", "finetune-clasification", *DIAGNOSIS[2:]], 2, ["Did you mean finetune-classification?"]),
-        ([*PRETRAIN, "--set", "views.globl_size=64"], 2, ["views.globl_size", "Did you mean global_size?"]),
+        ([*PRETRAIN, "--set", "views.globl_size=64"], 2, ["views.globl_size", "Did you mean views.global_size?"]),
         ([*PRETRAIN, "--resume"], 2, ["no run to resume"]),
         ([*PRETRAIN, "--init", "{tmp}"], 1, ["no config.json"]),
-        ([*PRETRAIN, "--data", "{tmp}/nothing"], 1, ["nothing", "not a store"]),
+        ([*PRETRAIN, "--data", "{tmp}/nothing"], 1, ["nothing", "no such folder"]),
         (["pretrain", "pretrain-dem", *PRETRAIN[2:]], 2, ["Did you mean pretrain-demo?"]),
         (["pretrain", "pretrain-demo"], 2, ["no store was given", "--data STORE"]),
     ],
@@ -282,10 +305,49 @@ def test_predicting_says_what_is_wrong(
     assert not (tmp_path / "answers").exists()
 
 
+def test_a_mistyped_path_is_named_as_typed_before_the_model_is_loaded(cli, source, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    for name in ("sub-x8_T1w.nii.gz", "sub-x8_T1ce.nii.gz", "sub-x8_mask.nii.gz"):
+        for verb in ("predict", "embed", "explain"):
+            answer = cli(verb, "no-model", f"source/{name}", "--out", "answers")
+            assert answer.code == 1
+            assert f"source/{name}: no such file. Check the path; scans are given as FILE" in answer.line
+        answer = cli("check", f"T1w=source/{name}")
+        assert f"source/{name}: no such file. Check the path" in answer.line
+
+
+def test_one_session_has_the_line_of_the_cohort(cli, classifier, source, tmp_path):
+    rewrite(source, rows_of(source)[:4])
+    table = cli("predict", classifier, source, "--out", tmp_path / "all").out
+    scans = []
+    for contrast in ("T1w", "T2w", "FLAIR"):
+        scans.append(tmp_path / f"sub-m0_ses-one_{contrast}.nii.gz")
+        shutil.copy(source / f"s00_{contrast}.nii.gz", scans[-1])
+    answer = cli("predict", classifier, *scans, "--out", tmp_path / "one")
+    line, file = answer.out.splitlines()
+    assert line.split()[0] in ("healthy", "patient")
+    assert f" {line} " in table
+    content = json.loads(Path(file).read_text())
+    assert (content["subject"], content["session"]) == ("sub-m0", "one")
+    embedded = cli("embed", classifier, scans[0], "--out", tmp_path / "vector")
+    assert embedded.out.splitlines()[0] == "32 dimensions (without T2w, FLAIR)"
+
+
+@pytest.mark.parametrize("how", [["--contrasts", "T1w,DWI,SWI"], ["--set", "contrasts=[T1w, DWI, SWI]"]])
+def test_contrasts_that_no_session_has_are_noted(cli, source, tmp_path, how):
+    line = "no session has DWI or SWI (there are T1w 3"
+    answer = cli("prepare", source, tmp_path / "store", *COARSE, *how)
+    assert answer.code == 0
+    assert f"{line})" in answer.line
+    if how[0] == "--contrasts":
+        assert f"{line}, T2w 3, FLAIR 3)" in cli("check", source, *how).err
+    assert cli("prepare", source, tmp_path / "other", *COARSE).err == ""
+
+
 def test_a_scan_whose_name_says_another_contrast_is_noted(cli, classifier, source, tmp_path):
     answer = cli("predict", classifier, f"T1={source / 's00_FLAIR.nii.gz'}", "--out", tmp_path)
     assert answer.code == 0
-    assert "s00_FLAIR.nii.gz was read as T1w" in answer.line
+    assert "s00_FLAIR.nii.gz was given as T1w, but its name says FLAIR" in answer.line
     assert json.loads((tmp_path / "s00_FLAIR.json").read_text())["notes"] == [answer.line.removeprefix("brainfound: ")]
 
 

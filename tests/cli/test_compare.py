@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from brainfound.finetuning.scoring import SessionScores, write_scores
 from brainfound.metrics import mae
 from brainfound.metrics.comparison import compare
 
@@ -16,7 +17,7 @@ NUM = 30
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch):
-    monkeypatch.setattr("brainfound.cli.compare.NUM_RESAMPLES", 40)
+    monkeypatch.setattr("brainfound.metrics.statistics.NUM_RESAMPLES", 40)
     monkeypatch.setattr("brainfound.cli.compare.NUM_PERMUTATIONS", 100)
 
 
@@ -199,6 +200,33 @@ def test_a_real_run_against_its_frozen_baseline_and_the_intervals_of_an_evaluati
         assert values[metric, True] == pytest.approx(scores["frozen"][metric])
         assert values[metric, False] == pytest.approx(scores["scores"][metric])
     table = cli("evaluate", classifier, "--data", small_store.path)
-    assert "95% interval, bootstrap over" in table.out
+    assert "no 95% interval of 3 subjects: it needs 6 or more" in table.out
+    assert "[0." not in table.out
     answered = json.loads(cli("evaluate", classifier, "--data", small_store.path, "--json").out)[0]
-    assert answered["intervals"]["scores"] == scores["intervals"]["scores"]
+    assert answered["intervals"] == scores["intervals"]
+    assert scores["intervals"]["scores"]["auroc"] == {"low": None, "high": None, "num_subjects": 3}
+    assert scores["intervals"]["missing"] == "no 95% interval of 3 subjects: it needs 6 or more"
+
+
+def test_a_run_and_a_comparison_have_the_same_intervals(cli, tmp_path, monkeypatch):
+    """The run knows the subjects by name, in an order of its own; a comparison knows their rows."""
+    monkeypatch.setattr("brainfound.finetuning.scoring.NUM_RESAMPLES", 40)
+    cases = aged(4, 6).iloc[::-1]
+    scores = {"mae": mae(cases["truth"], cases["prediction"])}
+    named = cases.assign(session=cases["row"] % 2, subject="p" + (31 - cases["subject_row"]).astype(str))
+    run, other = (make_run(tmp_path / name, aged(4, k)) for k, name in ((6, "run"), (7, "other")))
+    of_run = write_scores(run, SessionScores("regression", scores, scores, named).with_intervals())["intervals"]
+    found = as_json(cli("compare", run, other, "--json", "--metrics", "mae", quiet=False))
+    assert [of_run[name] for name in ("num_resamples", "confidence")] == [found["num_resamples"], found["confidence"]]
+    for end in ("low", "high"):
+        assert of_run["scores"]["mae"][end] == pytest.approx(found["scores"][0][end], rel=1e-12)
+
+
+def test_a_comparison_of_few_subjects_has_no_intervals_and_says_why(cli, tmp_path):
+    runs = [make_run(tmp_path / name, aged(error, 1, range(8))) for name, error in (("a", 3), ("b", 5))]
+    answer = cli("compare", *runs, quiet=False)
+    assert "no 95% interval of 4 subjects: it needs 6 or more" in answer.out
+    assert "[" not in answer.out
+    found = as_json(cli("compare", *runs, "--json", quiet=False))["scores"]
+    assert {row[end] for row in found for end in ("low", "high", "difference_low", "difference_high")} == {None}
+    assert found[1]["p"] is not None

@@ -47,7 +47,7 @@ def test_the_summary_counts_and_names_nobody(source):
         "T1w 2, FLAIR+T1w 1",
         "1 of a contrast that is there already",
         "40.5–40.5 years",
-        "1 sessions without",
+        "1 session without",
         "mask 1",
         "F 2, M 1",
         "1 × no known contrast (bold)",
@@ -70,6 +70,21 @@ def test_json_holds_all_of_it(source):
     assert facts["sessions_without_age"] == 1
     assert [row["subject"] for row in facts["sessions"]] == ["sub-anna", "sub-anna", "sub-ben"]
     assert facts["unused_files"][0]["file"].endswith("bold.nii.gz")
+
+
+def test_a_lost_data_set_is_exit_code_3_of_both_commands(tmp_path, write_scan):
+    for name in ("east", "west"):
+        write_scan(f"all/{name}/sub-1/anat/sub-1_T1w.nii.gz", spacing=6.0, shape=(20, 24, 18))
+    (tmp_path / "all" / "west" / "participants.tsv").write_text("who\tage\nsub-1\t30\n")
+    small = ["--contrasts", "T1w", "--set", "spacing_mm=[6,6,6]", "--set", "size=[28,28]", "-q"]
+    for command in (["list", "cohort", "all"], ["prepare", "all", "store", *small]):
+        paths = [str(tmp_path / word) if word in ("all", "store") else word for word in command]
+        result = CliRunner().invoke(app, paths)
+        assert result.exit_code == 3, result.output
+        assert "west is left out with its 1 subject: participants.tsv: no column" in result.output
+    rows = (tmp_path / "store" / "rejected.tsv").read_text().splitlines()
+    assert [row.split("\t")[0] for row in rows[1:]] == ["west"]
+    assert "1 subject" in rows[1]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ def test_options_reach_the_files(cli, segmenter, source, tmp_path):
     scans = [source / f"s01_{contrast}.nii.gz" for contrast in ("T1w", "T2w", "FLAIR")]
     plain = cli("predict", segmenter, *scans, "--out", tmp_path / "plain", "--probabilities")
     assert plain.code == 0, plain.err
-    assert [line.rsplit("/", 1)[1] for line in plain.out.split()] == [
+    answer, *files = plain.out.splitlines()
+    assert answer.endswith(" mm³")
+    assert [line.rsplit("/", 1)[1] for line in files] == [
         "s01_T1w_dseg.nii.gz",
         "s01_T1w_probability.nii.gz",
         "s01_T1w.json",

@@ -50,6 +50,35 @@ def test_sessions_of_the_same_subject_are_found(classifier, small_store, monkeyp
     assert found.to_dict()["retest"]["chance"] == pytest.approx(1 / 6)
 
 
+def test_what_few_subjects_leave_undefined_is_no_number(cli, classifier, small_store, monkeypatch):
+    monkeypatch.setattr("brainfound.data.store.Store.open", lambda path: small_store)
+    monkeypatch.setitem(small_store.sessions, "subject", [f"s{n % 4}" for n in range(12)])
+    monkeypatch.setitem(small_store.sessions, "session", [str(n // 4) for n in range(12)])
+    monkeypatch.setitem(small_store.sessions, "site", ["a", "b"] * 6)
+    arguments = ("probe", classifier, "--data", small_store.path, "--label", "age_years", "--slices", 3)
+    answer = cli(*arguments)
+    assert "no 95% interval of 4 subjects: it needs 6 or more" in answer.out
+    assert "nan" not in answer.out
+    found = json.loads(cli(*arguments, "--json").out, parse_constant=pytest.fail)
+    assert (found["probed"]["site"]["low"], found["probed"]["site"]["num_subjects"]) == (None, 4)
+
+
+def test_where_no_column_can_be_probed_the_sessions_still_can(cli, classifier, small_store, monkeypatch):
+    monkeypatch.setattr("brainfound.data.store.Store.open", lambda path: small_store)
+    for name, column in {
+        "subject": [f"s{n // 2}" for n in range(12)],
+        "session": ["1", "2"] * 6,
+        "diagnosis": ["well"] * 12,
+        "site": ["Oslo"] * 12,
+    }.items():
+        monkeypatch.setitem(small_store.sessions, name, column)
+    said = cli("probe", classifier, "--data", small_store.path, "--label", "diagnosis", "--slices", 2)
+    assert said.code == 0, said.err
+    assert [line.split()[1] for line in said.err.splitlines()] == ["diagnosis", "site"]
+    assert "test and retest" in said.out
+    assert "accuracy" not in said.out
+
+
 def test_sessions_without_a_label_are_not_probed(classifier, small_store, monkeypatch):
     ages = small_store.sessions["age_years"].where(np.arange(12) != 5)
     monkeypatch.setitem(small_store.sessions, "age_years", ages)
@@ -71,14 +100,61 @@ def test_what_cannot_be_asked_is_one_line(cli, classifier, small_store, argument
     assert all(word in said.line for word in words)
 
 
-def test_one_site_is_refused_before_anything_is_embedded(cli, classifier, small_store, monkeypatch):
-    monkeypatch.setattr("brainfound.inference.probing.EmbeddingCache", None)
+def test_what_nothing_can_be_asked_of_is_refused_before_the_model_is_read(cli, classifier, small_store, monkeypatch):
+    monkeypatch.setattr("brainfound.inference.probing.load", None)
     monkeypatch.setattr(
         "brainfound.data.store.Store.covariate", lambda self, name: self.sessions["sex"].str[:0] + "one"
     )
     said = cli("probe", classifier, "--data", small_store.path, "--label", "diagnosis")
     assert said.code == 2
-    assert "a single class cannot be predicted (got only one)" in said.line
+    assert said.line.count("is not probed: a single class cannot be predicted (got only one)") == 2
+
+
+_LONELY = "Bergen has a single subject"
+
+
+@pytest.mark.parametrize(
+    ("changed", "left_out", "reason", "num_probed"),
+    [
+        ({"site": ["Oslo"] * 12}, "site", "a single class cannot be predicted (got only Oslo)", 12),
+        ({"site": ["Bergen"] + ["Oslo", "Voss", "Oslo"] * 3 + ["Voss", "Oslo"]}, "site", _LONELY, 12),
+        ({"site": [None] * 12}, "site", "no session has a value", 12),
+        ({"site": ["Oslo"] * 6 + ["Voss"] * 6, "age_years": [30] * 3 + [40] * 3 + [None] * 6}, "site", "among", 6),
+        ({"age_years": [40.0] * 12}, "age_years", "a single class cannot be predicted (got only 40)", 12),
+        ({"age_years": [None] * 12}, "age_years", "no session has a value", 12),
+    ],
+)
+def test_a_column_that_cannot_be_probed_is_left_out(
+    classifier, small_store, monkeypatch, changed, left_out, reason, num_probed
+):
+    ages = [age for age in (20, 30, 40, 50) for _ in range(3)]
+    for name, column in {"age_years": ages, **changed}.items():
+        monkeypatch.setitem(small_store.sessions, name, column)
+    heard, embedded = [], []
+    listen = {"notify": heard.append, "progress": lambda *_: embedded.append(len(heard))}
+    found = probe(classifier, small_store, "age_years", num_slices=2, **listen)
+    assert len(found.notes) == 1
+    assert found.notes[0].startswith(f"{left_out} is not probed: {reason}")
+    assert tuple(heard) == found.notes
+    assert set(embedded) == {1}, "the note comes before any embedding"
+    assert (found.probed.site is None) == (left_out == "site")
+    assert (found.probed.label is None) == (left_out == "age_years")
+    assert found.num_probed == num_probed
+    content = json.loads(json.dumps(found.to_dict()))
+    assert content["notes"] == list(found.notes)
+
+
+def test_the_table_of_a_store_without_sites_has_the_label_alone(cli, classifier, small_store, monkeypatch):
+    monkeypatch.setattr(
+        "brainfound.data.store.Store.covariates",
+        property(lambda self: [name for name in self.table.covariates if name != "site"]),
+    )
+    arguments = ("probe", classifier, "--data", small_store.path, "--label", "diagnosis", "--slices", 2)
+    said = cli(*arguments)
+    assert said.code == 0, said.err
+    assert said.line == "brainfound: site is not probed: no session has a value"
+    assert "diagnosis" in said.out
+    assert "site" not in said.out.replace("diagnosis", "")
 
 
 def test_a_segmentation_has_no_embedding(cli, segmenter, small_store):

@@ -24,6 +24,18 @@ def test_folds_are_written_and_shown(cli, small_store, tmp_path):
     assert len(Split.load(out).folds) == 4
 
 
+@pytest.mark.parametrize("wish", [[], ["--subjects", "2,all"], ["--shots", "2", "--target", "diagnosis"]])
+def test_a_cohort_that_is_tested_elsewhere_has_no_test_part(cli, small_store, tmp_path, wish):
+    out = tmp_path / "split.json"
+    answer = cli("split", small_store.path, out, "--test", 0, "--validation", 0.25, *wish, quiet=False)
+    assert answer.code == 0, answer.err
+    for parts in Split.load(out).folds.values():
+        assert set(parts) == {"train", "validation"}
+        assert len(parts["validation"]) == 3
+    answer = cli("split", small_store.path, tmp_path / "b.json", "--test", 0, "--validation", 0, quiet=False)
+    assert (answer.code, "above 0 and below 1" in answer.line) == (2, True)
+
+
 def test_json_has_counts_and_no_names(cli, small_store, tmp_path):
     answer = cli(
         "split", small_store.path, tmp_path / "a.json", "--shots", "2,1", "--target", "diagnosis", "--test", 0.25,
@@ -59,7 +71,7 @@ def test_a_file_changed_by_hand_is_made_anew(cli, small_store, tmp_path):
         (["--folds", "13"], ["too few subjects"]),
         (["--stratify", "sight"], ["'sight'", "Did you mean site?"]),
         (["--folds", "3", "--leave-site-out"], ["exclude each other"]),
-        (["--test", "0.95"], ["sum below 1"]),
+        (["--test", "0.95"], ["below 1"]),
         (["--from", "none.json", "--folds", "3"], ["--from"]),
     ],
 )

@@ -46,3 +46,28 @@ def test_the_module_is_the_same_command():
     assert done.stderr.splitlines() == [
         "brainfound: No such command 'prdict'. Did you mean 'predict'? Try: brainfound --help"
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["pretrain", "pretrain-demo", "--data", "no-store", "--out", "run"], "already holds a run"),
+        (
+            ["finetune", "finetune-regression", "--data", "s", "--model", "m", "--target", "t", "--out", "run"],
+            "--resume",
+        ),
+        (["pretrain", "pretrain-demo", "--data", "no-store", "--out", "file"], "in the way"),
+        (["predict", "no-model", "brain.nii.gz", "--out", "answers"], "an answer of this name"),
+        (["embed", "no-model", "T1w=brain.nii.gz", "--out", "answers"], "an answer of this name"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_taken_folder_is_refused_before_torch_is_imported(cli, tmp_path, monkeypatch, arguments, word):
+    monkeypatch.chdir(tmp_path)
+    for file in ("run/recipe.yaml", "answers/brain.json", "file", "brain.nii.gz"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("")
+    for heavy in ("accelerate", "brainfound.inference.loading", "brainfound.experiments.systems"):
+        monkeypatch.setitem(sys.modules, heavy, None)  # importing it fails
+    answer = cli(*arguments)
+    assert (answer.code, word in answer.line) == (2, True), answer.err

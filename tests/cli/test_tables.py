@@ -50,8 +50,30 @@ def test_intervals_and_the_frozen_baseline_stand_in_the_line():
     assert line is not None
     assert line.startswith("[…]: 95% interval, bootstrap over 12 subjects, 2000 resamples")
     assert "too few" in line
+    assert line.endswith("; no interval where many resamples leave the score undefined")
     ends["mae"]["num_subjects"] = ends["r2"]["num_subjects"] = 20
     enough = intervals_line([result])
     assert enough is not None
     assert "too few" not in enough
     assert intervals_line([{"scores": {}}]) is None
+
+
+def test_a_missing_interval_has_its_reason():
+    ends = {"low": None, "high": None, "num_subjects": 1}
+    result = {
+        "task": "regression",
+        "num_sessions": 2,
+        "scores": {"mae": 3.25},
+        "trivial": {},
+        "intervals": {"confidence": 0.9, "num_resamples": 2000, "scores": {"mae": ends}},
+    }
+    assert scores_line(result) == "regression, 2 sessions: mae 3.250 (trivial –)"
+    assert intervals_line([result]) == "no 90% interval of 1 subject: it needs 5 or more"
+    ends |= {"num_subjects": 8}
+    more = result | {
+        "intervals": result["intervals"] | {"scores": {"mae": {"low": 1.0, "high": 2.0, "num_subjects": 7}}}
+    }
+    assert intervals_line([result, more]) == (
+        "[…]: 90% interval, bootstrap over 7 subjects, 2000 resamples; fewer than 20 are too few to trust it; "
+        "no interval where many resamples leave the score undefined"
+    )

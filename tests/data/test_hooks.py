@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import pytest
 from brainfound.data.hooks import BUILTIN_HOOKS, Hook, anonymised_copy, describe_hooks, load_hooks, run_hook, run_hooks
 from brainfound.data.reading.scan import load_scan
 from brainfound.errors import RecipeError, ScanError, UsageError
+from brainfound.phantom.cohort import write_phantom_cohort
 from brainfound.recipes import validate
 
 STRIP = """
@@ -211,7 +213,7 @@ def test_a_hook_is_run_on_its_contrasts_only(tmp_path):
 
 
 def test_registrations_come_last(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: name)
     assert [hook.step for hook in load_hooks(["synthstrip", "flirt-rigid"])] == ["skull_strip", "register"]
     with pytest.raises(UsageError, match="registrations come after the other hooks"):
         load_hooks([BUILTIN_HOOKS["flirt-rigid"], "synthstrip"])
@@ -239,7 +241,7 @@ def test_a_malformed_hook_is_refused(settings, message):
 
 
 def test_hooks_are_loaded_by_name_file_and_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/usr/bin/{name}")
     file = tmp_path / "mine.yaml"
     file.write_text("step: skull_strip\ncommand: 'mytool --in {input} --out {output}'\ncontrasts: [t1, flair]\n")
     ready, mine, inline = load_hooks(["synthstrip", file, "reg {input} {reference} {output}"])
@@ -260,7 +262,7 @@ def test_unknown_hooks_are_refused(tmp_path, monkeypatch, item, message):
 
 
 def test_a_tool_that_is_not_installed_stops_before_anything_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     with pytest.raises(UsageError, match="synthstrip is not installed .*mri_synthstrip on the PATH"):
         load_hooks(["synthstrip"])
     with pytest.raises(UsageError, match="expected fsl on the PATH"):
@@ -290,7 +292,37 @@ def test_the_ready_hooks_run_the_documented_command_lines():
         name: hook.words(input=Path("i"), output=Path("o"), reference=Path("r")) for name, hook in BUILTIN_HOOKS.items()
     }
     assert words["synthstrip"] == ["mri_synthstrip", "-i", "i", "-o", "o"]
+    assert words["deepbet"] == ["deepbet-cli", "-i", "i", "-o", "o", "--no_gpu"]
     assert words["hd-bet"] == ["hd-bet", "-i", "i", "-o", "o"]
     assert words["hd-bet-cpu"] == ["hd-bet", "-i", "i", "-o", "o", "-device", "cpu", "--disable_tta"]
     assert words["flirt-rigid"][:7] == ["flirt", "-in", "i", "-ref", "r", "-out", "o"]
     assert BUILTIN_HOOKS["flirt-rigid"].step == "register"
+
+
+def test_programs_of_this_python_need_no_activated_environment(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "own-strip"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    hook = Hook(name="own", command="own-strip {input} {output}")
+    with pytest.raises(UsageError, match="not installed"):
+        load_hooks([hook])
+    monkeypatch.setattr(sys, "executable", str(program.parent / "python"))
+    assert load_hooks([hook]) == (hook,)
+
+
+def test_a_skull_stripper_that_is_not_installed_names_its_extra(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(UsageError, match=r'pip install "brainfound\[strip\]"'):
+        load_hooks(["deepbet"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepbet") is None, reason="deepbet is not installed")
+def test_a_simulated_head_is_stripped_by_the_extra(tmp_path):
+    root = write_phantom_cohort(tmp_path / "heads", 1, spacing_mm=2.0, contrasts=("T1w",))
+    (scan,) = root.rglob("*_T1w.nii.gz")
+    stripped = run_hook(scan, load_hooks(["deepbet"])[0], tmp_path / "work")
+    head, brain = (np.asarray(nib.load(file).dataobj) for file in (scan, stripped))
+    assert head.shape == brain.shape
+    assert 0.05 < (brain != 0).mean() < 0.6 * (head > head.mean() / 4).mean()

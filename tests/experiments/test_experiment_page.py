@@ -154,6 +154,22 @@ def test_systems_are_compared_over_the_runs_that_all_of_them_have(tmp_path):
     assert cells(compared, "b")[-2:] == ["20", "20"]
 
 
+def test_a_comparison_of_few_subjects_says_why_it_has_no_intervals(tmp_path):
+    folder = write(tmp_path / "grid", runs(systems=("a", "b"), folds=("fold-1",), seeds=(0,)), kind="comparison")
+    where = {"group": "all folds", "fold": "fold-1", "seed": 0}
+    rows = [
+        where | {"system": name, "subject": n // 2, "row": n, "truth": 50.0 + n, "prediction": 52.0 + n * slope}
+        for name, slope in (("a", 1.5), ("b", 1.1))
+        for n in range(4)
+    ]
+    pd.DataFrame(rows).to_csv(folder / "cases.tsv", sep="\t", index=False)
+    page = write_experiment_page(folder).read_text()
+    compared = page[page.index("## Against a, by mae") :]
+    assert cells(compared, "b")[2::2][:1] == ["–"]
+    assert "nan" not in compared
+    assert "bootstraps over subjects; no 95% interval of 2 subjects: it needs 6 or more; p is of" in compared
+
+
 def test_systems_that_answer_several_labels_are_compared_by_their_mean(tmp_path):
     table = runs(systems=("base", "better"), seeds=(0,)).rename(columns=lambda name: name.replace("mae", "auroc"))
     folder = write(tmp_path / "grid", table, kind="comparison", task="classification", headline="auroc")

@@ -115,7 +115,7 @@ def test_sessions_without_any_shown_contrast_are_left_out_of_training(subsets, p
     assert flair["num_test"].sum() == patchy.present[:, patchy.contrasts.index("FLAIR")].sum()
 
 
-def test_the_bundle_remembers_what_it_may_see(subsets, patchy, small_store):
+def test_the_bundle_remembers_what_it_may_see(subsets, patchy, small_store, tmp_path):
     run = subsets / "T1w" / "fold-1" / "seed-0"
     assert read_scores(run)["without"] == ["T2w", "FLAIR"]
     bundle = load_bundle(run / "export")
@@ -128,8 +128,9 @@ def test_the_bundle_remembers_what_it_may_see(subsets, patchy, small_store):
     assert answer.answer["value"] != pytest.approx(infer(bundle.model, patchy[1], 3).value, abs=1e-6)
     assert (answer.contrasts, answer.missing) == (("T1w",), ())
     assert "FLAIR was not read: the model learnt without it" in answer.notes
+    (file := tmp_path / "x_FLAIR.nii.gz").touch()
     with pytest.raises(UsageError, match="not trained with FLAIR"):
-        predictor.predict(FLAIR="x_FLAIR.nii.gz")
+        predictor.predict(FLAIR=file)
     # Its subsets are those of what it reads.
     assert [result.without for result in evaluate(run, patchy, partial_input=True)] == [("T2w", "FLAIR")]
 

@@ -21,6 +21,7 @@ import brainfound
 from brainfound.adapters import load_bundle
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.splits.split_file import Split
+from brainfound.data.splits.training_history import TrainingHistory
 from brainfound.data.store import Store
 from brainfound.data.store.prepare import prepare
 from brainfound.errors import BrainFoundError, ModelError, RecipeError, TrainingError, UsageError
@@ -125,8 +126,8 @@ def test_each_task_trains_and_leaves_a_whole_run(small_store, tiny_backbone, tmp
         task, ["dice"]
     )
     assert set(scores["intervals"]["scores"]) >= {n for n in names if scores["scores"][n] is not None}
-    for name, ends in scores["intervals"]["scores"].items():
-        assert ends["low"] <= ends["high"], name
+    for ends in scores["intervals"]["scores"].values():
+        assert ends["low"] is ends["high"] is None, "three subjects give no 95% interval"
         assert 1 <= ends["num_subjects"] <= 3
     if task == "segmentation":
         assert cases["dice"].mean() == pytest.approx(scores["scores"]["dice"])
@@ -309,6 +310,52 @@ def test_card_beside_the_weights_names_the_scores(six_steps, tiny_backbone):
     assert str(tiny_backbone.parent) not in card
     assert "load_bundle" in card
     assert "not a medical device" in card
+
+
+SEEN = "3 of the 3 tested subjects were, by name or image, in the training data of the model that it started from"
+
+
+@pytest.mark.parametrize("data", ["the same", "other names", "others", "not recorded", "unknown", "an earlier version"])
+def test_card_says_whether_the_starting_model_saw_the_tested_subjects(finished, store, tmp_path, monkeypatch, data):
+    """`finished` was pretrained on the store, from random weights."""
+    pretrained = shutil.copytree(finished, tmp_path / "pretrained")
+    if data in ("other names", "others"):
+        names = [f"p{n}" for n in range(len(store))]
+        monkeypatch.setitem(store.sessions, "subject", names)
+        if data == "others":
+            monkeypatch.setitem(store.sessions, "image_hash", [f"image-{name}" for name in names])
+    elif data != "the same":
+        (pretrained / "export" / "training_history.json").unlink()
+        facts = pretrained / "run.json"
+        if data == "not recorded":
+            facts.unlink()
+        elif data == "unknown":  # another store may hold the same subjects
+            facts.write_text(json.dumps({**json.loads(facts.read_text()), "data_hash": "another"}))
+    run = finetune(tiny("engine.steps=1"), store, pretrained / "export", "age_years", tmp_path / "run", quiet=True)
+    card = " ".join((run / "export" / "README.md").read_text().split())
+    if data == "others":
+        assert "Its scores are of subjects that it never saw." in card
+    else:
+        assert "never saw" not in card
+    if data in ("not recorded", "unknown"):
+        assert "the subjects in the training of its starting model are not recorded" in card
+    else:
+        assert (SEEN in card) == (data != "others")
+    (scored,) = evaluate(run, store)
+    assert any("3 of 3 sessions are" in note for note in scored.notes) == (SEEN in card)
+    assert TrainingHistory.load(run / "export").complete == (data in ("the same", "other names", "others"))
+    assert "| Started from | pretrained/export (a local folder) |" in card
+
+
+def test_card_names_device_and_slices(six_steps, small_store):
+    """What is known does not read "not recorded"; a correlation with a constant is undefined."""
+    card = (six_steps / "export" / "README.md").read_text()
+    assert "| Device | " + json.loads((six_steps / "run.json").read_text())["device"].split(":")[0] in card
+    assert "the subjects in the training of its starting model are not recorded" in " ".join(card.split())
+    assert f"| Slices | {small_store.num_slices} (4 of a session at a time) |" in card
+    assert [line for line in card.splitlines() if "| not recorded |" in line] == ["| Data | not recorded |"]
+    pearson = next(line for line in card.splitlines() if line.startswith("| pearson |"))
+    assert pearson.split(" | ")[2] == "undefined"
 
 
 def scores_hash(run: Path) -> str:

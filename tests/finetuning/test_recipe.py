@@ -99,7 +99,11 @@ def test_settings_with_an_effect_pass(kind, overrides):
         ("regression", ["task.foreground_share=0.9"], "--set task.foreground_share: unknown key"),
         ("classification", ["task.merge_codes=true"], "--set task.merge_codes: unknown key"),
         ("segmentation", ["task.class_weights=none"], "--set task.class_weights: unknown key"),
-        ("segmentation", ["task.decoder_with=8"], "--set task.decoder_with: unknown key. Did you mean decoder_width?"),
+        (
+            "segmentation",
+            ["task.decoder_with=8"],
+            "--set task.decoder_with: unknown key. Did you mean task.decoder_width?",
+        ),
         ("classification", ["task.head=bins"], "--set task.head: unknown key"),
         ("regression", ["regression.head=bins"], "--set regression: unknown key"),
         ("auto", ["task.head=bins"], "--set task: the setting 'head' needs the kind of the task: set task.kind=reg"),

@@ -12,18 +12,10 @@ import pandas as pd
 import pytest
 
 from brainfound.data.splits.split_file import Split
+from brainfound.data.splits.training_history import TrainingHistory, hash_split, is_in_parts, seen_in_training
 from brainfound.errors import UsageError
 from brainfound.finetuning.finetune import finetune
-from brainfound.finetuning.splits import (
-    SplitRecipe,
-    hash_split,
-    is_in_parts,
-    make_split,
-    seen_in_training,
-    split_from_file,
-    split_sessions,
-    write_split,
-)
+from brainfound.finetuning.splits import SplitRecipe, make_split, split_from_file, split_sessions, write_split
 from brainfound.finetuning.tasks import TargetColumn
 from brainfound.recipes import validate
 
@@ -239,6 +231,43 @@ def test_a_known_image_is_known_under_another_name(table_store):
     assert np.flatnonzero(seen_in_training(split, renamed, range(80))).tolist() == sorted(
         [*parts["train"], *parts["validation"]]
     )
+
+
+def test_a_history_knows_subjects_of_each_training_by_name_or_image(table_store, tmp_path):
+    parts = divide(RECIPE, table_store, "diagnosis", None)
+    first = TrainingHistory(complete=True).extended(table_store, {"train": np.arange(10)})
+    both = first.extended(table_store, parts)
+    both.save(tmp_path)
+    text = (tmp_path / "training_history.json").read_text()
+    assert not any(name in text for name in table_store.sessions["subject"])
+    again = TrainingHistory.load(tmp_path)
+    assert again == both
+    learnt = {*range(10), *parts["train"], *parts["validation"]}
+    assert set(np.flatnonzero(again.seen(table_store, range(80)))) == learnt, "a test part is not learnt from"
+    renamed = store_of(table_store.sessions.assign(subject=[f"other-{n // 2}" for n in range(80)]))
+    assert set(np.flatnonzero(again.seen(renamed, range(80)))) == learnt
+    others = store_of(renamed.sessions.assign(image_hash=[f"new-{n}" for n in range(80)]))
+    assert not again.seen(others, range(80)).any()
+
+
+@pytest.mark.parametrize(
+    ("facts", "is_known"),
+    [
+        ({"data_hash": "abc"}, True),
+        ({"data_hash": "another"}, False),
+        ({"data_hash": "abc", "exported_step": 0}, False),  # nothing was trained
+        ({"data_hash": "abc", "target": {}}, False),  # fine-tuning used a part of the store
+        (["data_hash"], False),
+        (None, False),
+    ],
+)
+def test_an_export_without_a_history_has_the_data_hash_of_its_run(table_store, tmp_path, facts, is_known):
+    if facts is not None:
+        (tmp_path / "run.json").write_text(json.dumps(facts))
+    (tmp_path / "export").mkdir()
+    history = TrainingHistory.load(tmp_path / "export")
+    assert not history.complete
+    assert history.seen(table_store, range(80)).tolist() == [is_known] * 80
 
 
 def test_a_run_says_which_file_it_followed_and_how_many_it_left_out(table_store, tmp_path):

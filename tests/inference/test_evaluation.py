@@ -11,9 +11,9 @@ import pytest
 
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.splits.split_file import Split
+from brainfound.data.splits.training_history import subject_hash
 from brainfound.data.store.prepare import prepare
 from brainfound.errors import ModelError, UsageError
-from brainfound.finetuning.splits import subject_hash
 from brainfound.inference.evaluation import compute_drops, evaluate
 from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.comparison import compare, score_intervals

@@ -107,12 +107,22 @@ def hub(tmp_path, monkeypatch):
     return cache
 
 
-def test_a_bundle_and_an_encoder_by_hub_id(bundles, encoder_export, small_store, hub):
+def test_a_bundle_and_an_encoder_by_hub_id(bundles, encoder_export, small_store, hub, tmp_path, monkeypatch):
     put_on_the_hub(bundles["sex"], hub)
     expected = load(bundles["sex"]).predict_stack(small_store[1]).answer
     assert load("lab/tiny").predict_stack(small_store[1]).answer == expected
     put_on_the_hub(encoder_export, hub, "encoder")
     assert load("lab/encoder").task == "embedding"
+    (tmp_path / "trained" / "age" / "export").mkdir(parents=True)
+    (tmp_path / "trained" / "sex").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for given in ("traind/age", "trained/agee", "traind"):
+        is_two = "/" in given
+        with pytest.raises(
+            ModelError, match=r"Did you mean trained/age\?" if is_two else "no such model folder"
+        ) as error:
+            load(given)
+        assert ("Did you mean" in str(error.value)) == is_two
     with pytest.raises(ModelError, match="neither a folder nor a model that can be fetched"):
         load("lab/nothing")
 

@@ -91,7 +91,7 @@ def test_what_cannot_be_asked(predictor, source, tmp_path):
         predictor.predict(swi=odd)
     with pytest.raises(UsageError, match="two scans of T1w"):
         predictor.predict(files["T1w"], t1=odd)
-    with pytest.raises(UsageError, match="cannot be told from the file name"):
+    with pytest.raises(UsageError, match="file name does not state the contrast"):
         predictor.predict(odd)
     with pytest.raises(UsageError, match="no scan was given"):
         predictor.predict()
@@ -143,6 +143,27 @@ def test_segmentation_lies_on_the_input(segmenter, write_scan, head, centred, mo
     assert found.probability.shape == shape
 
 
+@pytest.mark.parametrize(("qform", "sform"), [(1, 1), (1, 0), (0, 4), (1, 4), (0, 0)])
+def test_masks_carry_the_codes_of_the_scan(segmenter, write_scan, tmp_path, qform, sform):
+    path = write_scan("sub-1_T1w.nii.gz", affine=None if qform or sform else np.diag([-3.0, 3, 3, 1]))
+    image = nib.load(path)
+    turned = np.array(image.affine)
+    turned[:3, :3] = OBLIQUE @ turned[:3, :3]
+    image.set_qform(turned if qform else None, qform)
+    image.set_sform(image.affine if sform else None, sform)
+    image.header["descrip"] = b"Jane Doe"
+    nib.save(image, path)
+    segmenter.predict(path).save(tmp_path, "case", probabilities=True)
+    scan = nib.load(path)
+    for ending in ("dseg", "probability"):
+        mask = nib.load(tmp_path / f"case_{ending}.nii.gz")
+        np.testing.assert_array_equal(mask.affine, scan.affine)
+        assert (int(mask.header["qform_code"]), int(mask.header["sform_code"])) == (qform, sform)
+        np.testing.assert_array_equal(mask.header.get_qform(), scan.header.get_qform())
+        assert mask.header["descrip"] == b""
+        assert mask.get_data_dtype() == (np.uint8 if ending == "dseg" else np.float32)
+
+
 def test_saved_files_can_be_read(segmenter, predictor, source, tmp_path):
     written = segmenter.predict(*scans(source).values()).save(tmp_path / "out", "case")
     assert [path.name for path in written] == ["case_dseg.nii.gz", "case.json"]
@@ -152,7 +173,7 @@ def test_saved_files_can_be_read(segmenter, predictor, source, tmp_path):
     assert content["volumes_mm3"]["lesion"] == pytest.approx(count * 27.0, rel=1e-5)
     assert content["labels"] == {"0": "background", "7": "lesion"}
     assert content["not_a_medical_device"] is True
-    assert [path.name for path in predictor.predict(*scans(source).values()).save(tmp_path)] == ["prediction.json"]
+    assert [path.name for path in predictor.predict(*scans(source).values()).save(tmp_path)] == ["s01_T1w.json"]
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -247,3 +268,14 @@ def test_arguments_of_the_command_line(tmp_path, monkeypatch):
     paths, named = parse_inputs(["x_T1w.nii.gz", "flair=y.nii.gz", "a=b.nii.gz"])
     assert [str(path) for path in paths] == ["x_T1w.nii.gz", "a=b.nii.gz"]
     assert {contrast: str(path) for contrast, path in named.items()} == {"FLAIR": "y.nii.gz"}
+
+
+def test_two_answers_do_not_share_a_name(segmenter, source, tmp_path):
+    first, second = (segmenter.predict(source / f"{name}_T1w.nii.gz") for name in ("s02", "s03"))
+    files = {file.name for answer in (first, second) for file in answer.save(tmp_path)}
+    assert files == {f"{name}_T1w{ending}" for name in ("s02", "s03") for ending in ("_dseg.nii.gz", ".json")}
+    with pytest.raises(UsageError, match="there already"):
+        first.save(tmp_path)
+    with pytest.raises(UsageError, match="there already"):
+        first.save(tmp_path, "s03_T1w")
+    assert first.save(tmp_path, overwrite=True)

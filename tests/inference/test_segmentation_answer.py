@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -14,9 +15,9 @@ from brainfound.errors import UsageError
 from brainfound.finetuning.tasks.segmentation import OverlappingSegmentation, Segmentation
 from brainfound.inference.cohort import predict
 from brainfound.inference.predictor import Predictor
-from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields
+from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields, mirrored_channels
 from brainfound.models import BrainFoundForSegmentation
-from brainfound.models.infer import StackPrediction
+from brainfound.models.infer import StackPrediction, infer
 
 CLASSES = Segmentation("mask", names=("background", "label 2", "label 5"), codes=(0, 2, 5))
 REGIONS = OverlappingSegmentation("mask", names=("whole", "core"), regions=((2, 5), (5,)))
@@ -141,6 +142,51 @@ def test_averaging_is_done_and_said(segmenter, small_store):
     averaged = segmenter.with_options(SegmentationOptions(flips=True, overlap=True)).predict_stack(stack)
     assert averaged.answer["averaged"] == ["flips", "overlap"]
     assert not np.allclose(np.asarray(averaged.probability.dataobj), np.asarray(plain.probability.dataobj), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("names", "channels"),
+    [
+        (("ventricleL", "ventricleR", "stem"), (1, 0, 2)),
+        (("background", "Right-Putamen", "Left-Putamen"), (0, 2, 1)),
+        (("lhcortex", "rhcortex", "LEFTthalamus", "RIGHTthalamus"), (1, 0, 3, 2)),
+        (("VR", "VL"), (1, 0)),
+        (("putamenleft", "putamenright", "bright"), (1, 0, 2)),
+        (("NCR", "ED", "ET", "lesion", "tumor"), (0, 1, 2, 3, 4)),
+        (("background", "label 4", "label 43"), (0, 1, 2)),
+    ],
+)
+def test_labels_of_two_sides_are_each_other_s_mirror_image(names, channels):
+    assert mirrored_channels(names) == channels
+
+
+@pytest.mark.parametrize("names", [("caudateR", "stem"), ("left caudate",), ("LL", "LR", "RL")])
+def test_sides_that_cannot_be_exchanged_are_refused(small_store, tiny_backbone, names):
+    target = OverlappingSegmentation("mask", names=names, regions=((2,),) * len(names))
+    predictor = segmenter_of(target, small_store, tiny_backbone, overlapping_labels=True)
+    with pytest.raises(UsageError, match="names a side, and (no label is|two labels are) its mirror image") as caught:
+        predictor.with_options(SegmentationOptions(flips=True))
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_that_name_a_side_are_exchanged_in_mirrored_slices(small_store, tiny_backbone):
+    target = OverlappingSegmentation("mask", names=("coreL", "coreR"), regions=((2,), (5,)))
+    predictor = segmenter_of(target, small_store, tiny_backbone, overlapping_labels=True)
+    augmentation = SegmentationOptions(flips=True).augmentation(target)
+    stack = small_store[1]
+    mirrored = replace(stack, pixels=np.ascontiguousarray(stack.pixels[..., ::-1]))
+    here, there = (
+        infer(predictor.model, one, None, augmentation, True).class_probabilities for one in (stack, mirrored)
+    )
+    np.testing.assert_allclose(there, here[:, ::-1, :, ::-1], atol=1e-5)
+    assert not np.allclose(here[:, 0], here[:, 1], atol=1e-3)
+
+
+def test_codes_without_names_may_have_a_side(small_store, tiny_backbone):
+    predictor = segmenter_of(CLASSES, small_store, tiny_backbone)
+    flipped = predictor.with_options(SegmentationOptions(flips=True)).predict_stack(small_store[0])
+    assert any("wrong for codes without a name that stand for one side" in note for note in flipped.notes)
+    assert not any("side" in note for note in predictor.predict_stack(small_store[0]).notes)
 
 
 def test_options_of_a_segmentation_are_refused_elsewhere(run, encoder_export):

@@ -28,6 +28,7 @@ def test_the_site_is_told_from_embeddings_that_hold_it_and_the_label_is_not():
     assert found.site_chance == pytest.approx(1 / 3)
     assert found.label.low < 0.5 < found.label.high
     assert (found.label_metric, found.label_chance, found.num_folds) == ("balanced_accuracy", 0.5, 5)
+    subjects, site, ill, noise = cohort(num=180)
     disease = noise + 8 * (ill == "ill")[:, None] * np.eye(1, 8)
     found = site_probe(disease, site, ill, subjects, seed=0, num_resamples=200)
     assert found.label.estimate > 0.95
@@ -72,11 +73,22 @@ def test_what_cannot_be_probed_is_refused():
         ({"label": [np.nan, *ages[1:]]}, "missing"),
         ({"site": [None, *site[1:]]}, "missing"),
         ({"subjects": [None, *subjects[1:]]}, "missing"),
+        ({"site": None, "label": ages, "subjects": ["one"] * 60}, "a single subject"),
     ):
         arguments = {"embeddings": noise, "site": site, "label": ill, "subjects": subjects} | changed
         with pytest.raises(UsageError, match=message) as error:
             site_probe(**arguments, seed=0)
         assert "\n" not in str(error.value)
+
+
+def test_site_and_label_may_be_probed_alone():
+    subjects, site, ill, noise = cohort()
+    for arguments in ({"site": site, "label": None}, {"site": None, "label": ill}):
+        found = site_probe(noise, **arguments, subjects=subjects, seed=0, num_resamples=50)
+        for name, column in arguments.items():
+            assert (getattr(found, name) is None) == (column is None)
+            assert (getattr(found, f"{name}_chance") is None) == (column is None)
+    assert found.label_metric == "balanced_accuracy"
 
 
 def _sessions(stable, noise, num=20, width=6):

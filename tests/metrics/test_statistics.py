@@ -10,7 +10,7 @@ from scipy import stats
 
 from brainfound.errors import UsageError
 from brainfound.metrics import auroc, mae
-from brainfound.metrics.statistics import bootstrap_interval, holm, paired_permutation_test
+from brainfound.metrics.statistics import bootstrap_interval, holm, least_subjects, paired_permutation_test
 
 
 def test_percentile_interval_is_close_to_that_of_scipy():
@@ -43,6 +43,46 @@ def test_cases_of_a_subject_are_drawn_together():
     expected = bootstrap_interval(np.mean, of_subject, num_resamples=500)
     assert (grouped.low, grouped.high) == pytest.approx((expected.low, expected.high))
     assert grouped.high - grouped.low > 3 * (alone.high - alone.low)
+
+
+def test_names_and_order_change_no_resample():
+    generator = np.random.default_rng(3)
+    truth, answers = np.arange(24) % 2, generator.normal(size=(24, 2))
+    subjects = np.repeat(np.arange(12), 2)
+    metric = lambda t, a: auroc(t, a[:, 1])  # noqa: E731
+    first = bootstrap_interval(metric, truth, answers, subjects=subjects, num_resamples=200)
+    for k in range(3):
+        order, names = generator.permutation(24), generator.permutation(12)
+        named = [f"p{names[subject]}" for subject in subjects[order]]
+        again = bootstrap_interval(metric, truth[order], answers[order], subjects=named, num_resamples=200)
+        assert (again.low, again.high) == pytest.approx((first.low, first.high), rel=1e-12), k
+    a, b = generator.normal(size=(2, 24))
+    p = paired_permutation_test(a, b, num_permutations=200, subjects=subjects)
+    assert paired_permutation_test(a[order], b[order], num_permutations=200, subjects=named) == p
+
+
+@pytest.mark.parametrize(("confidence", "least"), [(0.5, 2), (0.75, 3), (0.9, 5), (0.95, 6), (0.99, 8)])
+def test_too_few_subjects_have_no_interval(confidence, least):
+    assert least_subjects(confidence) == least
+    values = np.linspace(0.2, 0.9, least)
+    assert bootstrap_interval(np.mean, values, confidence=confidence).low > 0
+    few = bootstrap_interval(
+        np.mean, np.repeat(values[1:], 3), subjects=np.repeat(np.arange(1, least), 3), confidence=confidence
+    )
+    assert few.estimate == pytest.approx(values[1:].mean())
+    assert np.isnan([few.low, few.high]).all()
+    assert str(few) == f"{few.estimate:.3f}"
+    # The lowest and the highest of n values enclose the median with this probability.
+    assert 1 - 2.0 ** (2 - least) < confidence <= 1 - 2.0 ** (1 - least)
+
+
+def test_a_score_that_many_resamples_lack_has_no_interval():
+    scores = np.linspace(0, 1, 30)
+    for num_positive, is_defined in ((1, False), (2, False), (6, True)):
+        labels = np.arange(30) % (30 // num_positive) == 0
+        interval = bootstrap_interval(auroc, labels.astype(int), scores, num_resamples=300)
+        assert np.isnan(interval.low) != is_defined
+        assert np.isfinite(interval.estimate)
 
 
 def test_undefined_resamples_are_counted():

@@ -1,7 +1,12 @@
 """Saving and loading: every weight comes back, or the load is refused."""
 
 import json
+import re
+import subprocess
+import sys
+import time
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +19,7 @@ from transformers import (
     BeitModel,
 )
 
+from brainfound.data.splits.training_history import TrainingHistory
 from brainfound.errors import ModelError
 from brainfound.models import (
     BrainFoundConfig,
@@ -24,6 +30,8 @@ from brainfound.models import (
 )
 from brainfound.models.aggregators import AGGREGATORS
 from brainfound.models.decoders import DECODERS
+from brainfound.models.hub import require_finite
+from brainfound.models.loading import is_brainfound, load_initial_model, read_history
 
 HEADS = (BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation)
 
@@ -193,6 +201,88 @@ def test_a_brainfound_folder_is_not_a_backbone(backbone_folder, tmp_path):
     BrainFoundModel.from_backbone(backbone_folder).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="from_pretrained"):
         BrainFoundModel.from_backbone(tmp_path)
+
+
+AFTER = "print(type({auto}.from_pretrained(sys.argv[1])).__name__)"
+IMPORTS = {
+    "brainfound first": "import sys, brainfound; from transformers import AutoModel; " + AFTER.format(auto="AutoModel"),
+    "transformers first": "import sys; from transformers import AutoModel; AutoModel; import brainfound; "
+    + AFTER.format(auto="AutoModel"),
+    "configuration": "import sys, brainfound; from transformers import AutoConfig; assert 'torch' not in sys.modules; "
+    + AFTER.format(auto="AutoConfig"),
+}
+
+
+@pytest.mark.parametrize(
+    "order", ["brainfound first", *(pytest.param(name, marks=pytest.mark.slow) for name in list(IMPORTS)[1:])]
+)
+def test_auto_classes_know_the_models_once_the_package_is_imported(backbone_folder, tmp_path, order):
+    BrainFoundModel.from_backbone(backbone_folder).save_pretrained(tmp_path)
+    done = subprocess.run([sys.executable, "-c", IMPORTS[order], tmp_path], capture_output=True, text=True, timeout=300)
+    expected = "BrainFoundConfig" if order == "configuration" else "BrainFoundModel"
+    assert done.stdout.strip() == expected, done.stderr
+
+
+def test_a_brainfound_folder_for_another_class_gets_a_hint_that_fits(backbone_folder, tmp_path):
+    BrainFoundModel.from_backbone(backbone_folder).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="from_pretrained of the same class"):
+        BrainFoundForClassification.from_backbone(tmp_path)
+    model = BrainFoundForClassification.from_pretrained(tmp_path, aggregator="attention", id2label={0: "a", 1: "b"})
+    assert (model.config.aggregator, model.config.num_classes) == ("attention", 2)
+
+
+def spoil(folder, name, value):
+    """Rewrite a folder's weights with one value changed."""
+    weights = load_file(folder / "model.safetensors")
+    weights[name].view(-1)[-1] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["embeddings.cls_token", "encoder.layer.1.mlp.fc2.bias", "layernorm.weight"])
+def test_a_backbone_with_a_value_that_is_no_number_is_refused_by_name(write_backbone, tmp_path, name, value):
+    folder = write_backbone(tmp_path / "backbone")
+    spoil(folder, name, value)
+    with pytest.raises(ModelError, match=re.escape(f"1 of 61 weights hold infinite or undefined values: {name} (")):
+        BrainFoundModel.from_backbone(folder)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_saved_model_with_a_value_that_is_no_number_is_refused_by_name(backbone_folder, tmp_path, kind):
+    kind.from_backbone(backbone_folder, decoder_width=8).save_pretrained(tmp_path)
+    name = max(load_file(tmp_path / "model.safetensors"))
+    spoil(tmp_path, name, float("nan"))
+    with pytest.raises(ModelError, match=re.escape(name)):
+        kind.from_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=re.escape(name)):
+        load_initial_model(kind, tmp_path, ("T1w", "T2w", "FLAIR"))
+
+
+def test_large_finite_weights_are_fine():
+    require_finite("here", {"a": torch.full((1000,), 6e4, dtype=torch.float16), "b": torch.full((9,), 3e38)})
+    with pytest.raises(ModelError, match="here: 1 of 2 weights .* b"):
+        require_finite("here", {"a": torch.arange(3), "b": torch.tensor([1.0, float("nan")])})
+
+
+@pytest.mark.parametrize("read", [BrainFoundModel.from_backbone, BrainFoundModel.from_pretrained, is_brainfound])
+def test_a_hub_that_is_away_is_one_line_without_retries(monkeypatch, read):
+    requests = []
+
+    class Session:
+        def head(self, url, timeout):
+            requests.append(url)
+            raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    monkeypatch.setattr("brainfound.hub._last_answer", ("", 0.0, False))
+    start = time.monotonic()
+    with pytest.raises(ModelError, match="no answer from https://hub.invalid"):
+        read("nobody/nothing-of-this-name")
+    assert time.monotonic() - start < 5
+    assert requests == ["https://hub.invalid"]
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 
 
 def pickled(folder):
@@ -377,3 +467,16 @@ def test_an_adapter_by_itself_is_said_to_be_one(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="an adapter without the model"):
         BrainFoundForClassification.from_pretrained(tmp_path)
+
+
+def test_the_history_of_a_hub_model_is_read_or_unknown(tmp_path, monkeypatch):
+    TrainingHistory(complete=True).save(tmp_path)
+
+    def download(source: str, file: str) -> str:
+        if source == "someone/plain":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no such file")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert read_history("someone/ours") == read_history(tmp_path) == TrainingHistory(complete=True)
+    assert read_history("someone/plain") == TrainingHistory()

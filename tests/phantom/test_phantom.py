@@ -14,7 +14,7 @@ from scipy import ndimage
 from typer.testing import CliRunner
 
 from brainfound.cli.demo import phantom
-from brainfound.contrasts import contrast_from_filename
+from brainfound.data.sources.file_names import read_scan_name
 from brainfound.errors import CohortError, UsageError
 from brainfound.phantom import SEGMENTATION, TISSUES, ParametricHead, tissue_signal, write_phantom_cohort
 from brainfound.phantom.anatomy import draw_ageing
@@ -252,7 +252,7 @@ def test_layout_is_bids(cohorts):
         assert description["DatasetType"] == "derivative"
     for contrast in CONTRASTS:
         path = out / scan_path("sub-0001", contrast)
-        assert contrast_from_filename(path) == contrast
+        assert read_scan_name(path).contrast == contrast
         sidecar = json.loads(Path(str(path).replace(".nii.gz", ".json")).read_text())
         assert sidecar["Manufacturer"] == "Phantom"
         assert {"RepetitionTime", "EchoTime", "MagneticFieldStrength"} <= set(sidecar)

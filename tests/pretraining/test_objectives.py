@@ -204,9 +204,12 @@ def test_kinds_and_their_keys_are_checked(recipe):
     assert validate(PretrainRecipe, {"objective": {"drop_path": 0.2}}).objective.kind == "self_distillation"
     assert set(OBJECTIVES_BY_KIND) == set(KINDS)
     refuse({"kind": "masked_autoencodr"}, r"objective\.kind: unknown kind.*Did you mean masked_autoencoder\?$")
-    refuse({"drop_pth": 1}, r"objective\.drop_pth: unknown key\. Did you mean drop_path\?$")
+    refuse({"drop_pth": 1}, r"objective\.drop_pth: unknown key\. Did you mean objective.drop_path\?$")
     refuse({"kind": "hybrid", "reconstruction": {"mask_ration": 1}}, r"objective\.reconstruction\.mask_ration: unknown")
-    refuse({"kind": "masked_autoencoder", "decoder": {"widht": 1}}, r"objective\.decoder\.widht.*Did you mean width\?$")
+    refuse(
+        {"kind": "masked_autoencoder", "decoder": {"widht": 1}},
+        r"objective\.decoder\.widht.*Did you mean objective.decoder.width\?$",
+    )
     refuse(
         {"kind": "masked_autoencoder", "drop_path": 0.1},
         r"objective\.drop_path: unknown key\. Known names: anchor_cls_weight",

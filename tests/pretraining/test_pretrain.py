@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from brainfound import recipes
 from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.splits.training_history import TrainingHistory
 from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
 from brainfound.models import BrainFoundModel
 from brainfound.pretraining.pretrain import pretrain
@@ -82,6 +83,37 @@ def test_export_is_the_teacher_with_its_preprocessing_and_card(finished, store):
     with torch.no_grad():
         output = model(torch.from_numpy(store[0].pixels)[None])
     assert torch.isfinite(output.volume_embedding).all()
+
+
+def test_card_names_device_start_and_the_slices_in_use(store, recipe, tmp_path):
+    settings = recipe("views.slice_margin=0.2", "probe.every=0", "engine.steps=1")
+    run = pretrain(settings, store, out=tmp_path / "run", quiet=True)
+    card = (run / "export" / "README.md").read_text()
+    facts = json.loads((run / "run.json").read_text())
+    used = facts["num_slices"]
+    assert used == sum(n - 2 * (n // 5) for n in store.sessions["num_slices"]) < store.num_slices
+    assert f"| Slices | {used} |" in card
+    assert "| Started from | new weights |" in card
+    assert "| Device | " + facts["device"].split(":")[0] in card
+    missing = [line for line in card.splitlines() if line.startswith("|") and "not recorded" in line]
+    assert missing == ["| Data | not recorded |"]
+
+
+def test_the_export_keeps_hashes_of_the_subjects_of_every_training(finished, store, recipe, tmp_path):
+    first = TrainingHistory.load(finished / "export")
+    assert first.complete
+    assert first.seen(store, range(len(store))).all()
+    text = (finished / "export" / "training_history.json").read_text()
+    assert not any(f'"{name}"' in text for name in store.sessions["subject"])
+    quick = ("probe.every=0",)
+    further = pretrain(recipe(*quick, "engine.steps=1"), store, finished / "export", tmp_path / "further", quiet=True)
+    again = TrainingHistory.load(further / "export")
+    assert again.trainings[0] == first.trainings[0]
+    assert (len(again.trainings), again.complete) == (2, True)
+    untouched = pretrain(
+        recipe(*quick, "engine.steps=0"), store, finished / "export", tmp_path / "untouched", quiet=True
+    )
+    assert TrainingHistory.load(untouched / "export") == first
 
 
 def test_resume_is_exact(finished, store, recipe, tmp_path):

@@ -85,6 +85,20 @@ def test_a_local_base_model_is_not_taken_for_a_hub_id(tmp_path, monkeypatch):
         assert str(tmp_path) not in path.read_text()
 
 
+def test_new_weights_stand_in_place_of_a_base_model(tmp_path):
+    text = write_model_card(tmp_path, {"start": "new weights"}).read_text()
+    assert "| Started from | new weights |" in text
+    assert "Also recorded" not in text
+
+
+def test_an_export_has_the_name_of_its_run(tmp_path):
+    for base in ("runs/teacher/export", str(tmp_path / "teacher" / "export")):
+        assert (
+            "| Started from | teacher/export (a local folder) |"
+            in write_model_card(tmp_path / "card", {"base_model": base}).read_text()
+        )
+
+
 def test_text_that_would_break_the_card_is_kept_in_its_place(tmp_path):
     facts = {"name": "a\n---\nlicense: mit", "license": "mit: [", "kind": "x\n| y", "summary": "costs $5 and ${name}"}
     path = write_model_card(tmp_path, facts)

@@ -8,12 +8,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from brainfound.contrasts import CONTRASTS, UNKNOWN, contrast_from_filename, parse_contrast
+import numpy as np
+
+from brainfound.contrasts import CONTRASTS, UNKNOWN, parse_contrast
 from brainfound.data.checking.contract import InputContract
+from brainfound.data.checking.image_rules import cut_finding, picture_findings, position_findings
 from brainfound.data.checking.rules import (
     Finding,
     Level,
@@ -31,10 +34,13 @@ from brainfound.data.checking.rules import (
 )
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook, run_hooks
+from brainfound.data.preprocessing.session import next_scan_note
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import ScanQuality, Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
-from brainfound.data.reading.scan import load_scan, read_header
+from brainfound.data.reading.archives import require_given
+from brainfound.data.reading.scan import Scan, load_scan, read_header
+from brainfound.data.sources.file_names import parse_filename
 from brainfound.data.store import Store
 from brainfound.errors import ModelError, ScanError, UsageError
 
@@ -43,7 +49,8 @@ from brainfound.errors import ModelError, ScanError, UsageError
 class CheckedScan:
     """One file with its findings; ``quality`` is None if it cannot be used.
 
-    ``is_used`` is False for a contrast that the model does not read, and for a second scan of a contrast.
+    ``is_used`` is False for a contrast that the model does not read, and for a scan in whose place another one of its
+    contrast is used.
     """
 
     contrast: str
@@ -99,15 +106,15 @@ class _SessionCheck:
 
     def run(self) -> CheckedSession:
         session = self.session
-        wanted = [contrast for contrast in self.preprocessing.contrasts if contrast in session.scans]
-        for contrast in wanted:  # each check uses the results of those before it
-            self.scans.append(self._check(contrast, session.scans[contrast]))
-        for contrast, file in session.scans.items():
-            if contrast not in wanted:
+        wanted, repeated = session.candidates(self.preprocessing.contrasts)
+        for contrast, files in wanted.items():  # each check uses the results of those before it
+            self._check_candidates(contrast, files)
+        for contrast, file, other in repeated:
+            finding = Finding("contrast", "fail", f"the same file is listed as {other}", "Name each file once")
+            self.scans.append(CheckedScan(contrast, file, (finding,), is_used=contrast not in wanted))
+        for contrast, file in [*session.scans.items(), *session.extra_scans]:
+            if contrast not in self.preprocessing.contrasts:
                 self.scans.append(self._check_unread(contrast, file, bool(wanted)))
-        for contrast, file in session.extra_scans:
-            message = "another scan of this contrast; the first one is used"
-            self.scans.append(CheckedScan(contrast, file, (Finding("contrast", "note", message),), is_used=False))
         findings: list[Finding | None] = [
             *missing_contrast_findings(session.scans, self.contract),
             age_finding(session.covariates.get("age_years"), self.contract),
@@ -118,13 +125,27 @@ class _SessionCheck:
             findings.insert(0, slices_finding(len(stack.pixels), self.contract))
         return CheckedSession(session.subject, session.session, tuple(self.scans), _present(findings), stack)
 
+    def _check_candidates(self, contrast: str, files: list[Path]) -> None:
+        """Check the scans of one contrast until one can be used."""
+        refused: list[CheckedScan] = []
+        for place, file in enumerate(files, start=1):
+            scan = self._check(contrast, file)
+            if scan.quality is None:
+                refused.append(scan)
+                continue
+            if refused:
+                note = next_scan_note(place, len(files), refused[0].findings[-1].message)
+                scan = replace(scan, findings=(*scan.findings, Finding("contrast", "warn", note)))
+                refused = [replace(other, is_used=False) for other in refused]
+            message = "another scan of this contrast is used"
+            note_only = (Finding("contrast", "note", message),)
+            further = [CheckedScan(contrast, other, note_only, is_used=False) for other in files[place:]]
+            self.scans += [*refused, scan, *further]
+            return
+        self.scans += refused
+
     def _check(self, contrast: str, file: Path) -> CheckedScan:
         findings: list[Finding] = [contrast_finding(contrast, self.contract)]
-        listed_as = [scan.contrast for scan in self.scans if scan.file == file]
-        if listed_as:
-            message = f"the same file is listed as {listed_as[0]}"
-            findings.append(Finding("contrast", "fail", message, "Name each file once"))
-            return CheckedScan(contrast, file, tuple(findings))
         try:
             read_header(file)
             processed = run_hooks(file, self.hooks, contrast=contrast, reference=self.reference, folder=self.folder)
@@ -140,13 +161,8 @@ class _SessionCheck:
         except ScanError as error:
             return CheckedScan(contrast, file, (*findings, _failed("field", error)))
         self.reference = self.reference or processed
-        quality, contract = self.builder.quality[-1], self.contract
-        findings += _present([spacing_finding(quality, contract)])
-        findings += intensity_findings(scan, quality, contract, self.preprocessing)
-        findings += _present([skull_finding(quality, contract)]) + tuple(field_of_view_findings(quality, contract))
-        if len(self.builder.quality) > 1:  # others are compared with the first
-            findings.append(overlap_finding(quality))
-        return CheckedScan(contrast, file, tuple(findings), quality)
+        findings += image_findings(scan, self.builder, self.contract)
+        return CheckedScan(contrast, file, tuple(findings), self.builder.quality[-1])
 
     def _check_unread(self, contrast: str, file: Path, has_others: bool) -> CheckedScan:
         if contrast not in CONTRASTS:
@@ -157,6 +173,25 @@ class _SessionCheck:
             message = f"the session has none of the model's contrasts ({', '.join(self.preprocessing.contrasts)})"
             finding = Finding("contrast", "fail", message, "Give one of them, or use a model that reads what there is")
         return CheckedScan(contrast, file, (finding,), is_used=False)
+
+
+def image_findings(scan: Scan, builder: StackBuilder, contract: InputContract) -> list[Finding]:
+    """The findings on the image of a scan that a stack was just built from or extended by."""
+    quality = builder.quality[-1]
+    is_reference = len(builder.quality) == 1
+    pixels, spacing_mm = builder.channel(quality.contrast), np.linalg.norm(builder.affine[:3, :3], axis=0)
+    values = [*intensity_findings(scan, quality, contract, builder.preprocessing), *picture_findings(scan, quality)]
+    cut = [cut_finding(pixels, spacing_mm, quality, contract)] if is_reference else []
+    findings: list[Finding | None] = [
+        spacing_finding(quality, contract),
+        *values,
+        skull_finding(quality, contract),
+        *field_of_view_findings(quality, contract),
+        *cut,
+        *position_findings(pixels, spacing_mm, quality, contract),
+        None if is_reference else overlap_finding(quality),  # others are compared with the first
+    ]
+    return list(_present(findings))
 
 
 def _present(findings: Iterable[Finding | None]) -> tuple[Finding, ...]:
@@ -179,22 +214,31 @@ def session_from_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Ses
     """One session from ``FILE`` and ``CONTRAST=FILE`` arguments, as in `predict`.
 
     A single file whose name states no contrast gets that of the model, if it has only one. UsageError: the contrast
-    of a file is unknown, or is given twice.
+    of a file is unknown, or is given twice. ScanError: a file does not exist.
     """
     texts = list(inputs)
     scans: dict[str, Path] = {}
     for text in texts:
         name, equals, rest = text.partition("=")
-        if equals and not Path(text).exists():
+        if equals and Path(name).name == name and not Path(text).exists():
             contrast, file = parse_contrast(name), Path(rest)
+            require_given(file)
         else:
             file = Path(text)
-            contrast = contrast_from_filename(file)
-        if contrast == UNKNOWN and len(texts) == len(contrasts) == 1:
-            contrast = contrasts[0]
-        if contrast == UNKNOWN:
-            what, remedy = "the contrast cannot be told from the file name", f"Say it: {contrasts[-1]}={file.name}"
-            raise UsageError(what, where=file.name, expected=", ".join(contrasts), remedy=remedy)
+            require_given(file)
+            named = parse_filename(file)
+            contrast = named.contrast
+            if named.is_silent and len(texts) == len(contrasts) == 1:
+                contrast = contrasts[0]
+            if contrast == UNKNOWN:
+                remedy = f"Say it: {contrasts[-1]}={file.name}"
+                raise UsageError(
+                    "the file name does not state the contrast",
+                    where=file.name,
+                    got=None if named.is_silent else named.reason,
+                    expected=", ".join(contrasts),
+                    remedy=remedy,
+                )
         if contrast in scans:
             got = f"{scans[contrast].name} and {file.name}"
             raise UsageError(f"two scans of {contrast}", got=got, remedy="Give one")

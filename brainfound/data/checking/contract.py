@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from brainfound.data.checking.mean_stack import decode, measure_mean_stacks
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.store import Store
 from brainfound.data.store.reader import select_sessions
@@ -66,6 +67,17 @@ class InputContract(Recipe):
     never_absent: tuple[str, ...] = ()
     """Contrasts that every session had and contrast dropout never withheld. Empty if that is not known."""
 
+    mean_stack: dict[str, str] = Field(default_factory=dict, repr=False)
+    """Per contrast, the mean of its scans in cells of 10 mm, see `brainfound.data.checking.mean_stack`. Empty if it was
+    not measured, or of fewer than three sessions."""
+
+    @field_validator("mean_stack")
+    @classmethod
+    def _readable_mean_stack(cls, value: dict[str, str]) -> dict[str, str]:
+        for text in value.values():
+            decode(text)
+        return value
+
     @property
     def is_measured(self) -> bool:
         """False for a model that was saved without a contract: only its preprocessing is known."""
@@ -98,6 +110,7 @@ class InputContract(Recipe):
             num_slices=(int(slices.min()), int(slices.max())) if len(slices) else None,
             foreground_ml=_range(quality["foreground_ml"]),
             negative_values=bool((quality["minimum"] < 0).any()) if len(quality) else None,
+            mean_stack=measure_mean_stacks(store, rows),
             never_absent=tuple(name for name in always if name in store.shown),
         )
 

@@ -20,8 +20,9 @@ from brainfound.data.reading.scan import Scan
 
 Level = Literal["ok", "note", "warn", "fail"]
 LEVELS: tuple[Level, ...] = ("ok", "note", "warn", "fail")
+LEVEL_SYMBOLS: dict[Level | None, str] = {"ok": "✓", "note": "·", "warn": "!", "fail": "✗", None: ""}
 
-SCAN_CHECKS = ("contrast", "file", "orientation", "spacing", "intensity", "skull", "field", "overlap")
+SCAN_CHECKS = ("contrast", "file", "orientation", "spacing", "intensity", "skull", "field", "position", "overlap")
 SESSION_CHECKS = ("slices", "age")
 
 MAX_SPACING_RATIO = 1.5
@@ -44,6 +45,11 @@ FOREGROUND_ML = (300.0, 7000.0)
 """Plausible volumes of a brain or head, including a newborn's, for a model without a contract."""
 FOREGROUND_SLACK, SLICES_SLACK = 1.6, 1.33
 """Accepted factors beyond the extremes of training, for volumes and numbers of slices."""
+SURE_FOREGROUND_SLACK, SURE_SLICES_SLACK = 3.0, 3.0
+"""Factors beyond which nothing but a wrong scale or a part of a head remains: a newborn's head has a third of the
+volume of a small adult's."""
+SURE_FOREGROUND_ML = (FOREGROUND_ML[0] / 2, FOREGROUND_ML[1] * 2)
+"""Volumes that no head has, for a model without a contract."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,11 @@ def worst_level(findings: tuple[Finding, ...] | list[Finding]) -> Level:
 
 def orientation_findings(scan: Scan) -> list[Finding]:
     """Is the orientation in the header complete and consistent?"""
-    if not scan.notes:
+    notes = scan.notes if scan.header is None else scan.header.notes
+    if not notes:
         return [Finding("orientation", "ok")]
     remedy = "Compare left and right with a viewer and the scanner's images; convert again from DICOM if in doubt"
-    return [Finding("orientation", "warn", note, remedy) for note in scan.notes]
+    return [Finding("orientation", "warn", note, remedy) for note in notes]
 
 
 def spacing_finding(quality: ScanQuality, contract: InputContract) -> Finding | None:
@@ -117,6 +124,8 @@ def intensity_findings(
     def add(level: Level, message: str, remedy: str = "") -> None:
         findings.append(Finding("intensity", level, message, remedy))
 
+    for note in scan.notes[len(scan.header.notes) :] if scan.header else ():
+        add("warn", note, "Look at the scan, or export it again")
     if len(different) < FEW_VALUES:
         message = f"only {len(different)} different values: too coarsely quantised"
         add("warn", message, "Export the scan again with 12 or 16 bits")
@@ -174,14 +183,17 @@ def skull_finding(quality: ScanQuality, contract: InputContract) -> Finding | No
 
 def field_of_view_findings(quality: ScanQuality, contract: InputContract) -> list[Finding]:
     """Is a whole head or brain in the scan, and does it fit into the stack?"""
-    low, high = FOREGROUND_ML
+    (low, high), (least, most) = FOREGROUND_ML, SURE_FOREGROUND_ML
     if contract.foreground_ml is not None:
-        low, high = contract.foreground_ml[0] / FOREGROUND_SLACK, contract.foreground_ml[1] * FOREGROUND_SLACK
+        smallest, largest = contract.foreground_ml
+        low, high = smallest / FOREGROUND_SLACK, largest * FOREGROUND_SLACK
+        least, most = smallest / SURE_FOREGROUND_SLACK, largest * SURE_FOREGROUND_SLACK
     findings = []
     if not low <= quality.foreground_ml <= high:
         message = f"the head or brain has {quality.foreground_ml:.0f} ml; {low:.0f} to {high:.0f} were expected"
         remedy = "Check the voxel size, and that the whole head is in the field of view"
-        findings.append(Finding("field", "warn", message, remedy))
+        level: Level = "warn" if least <= quality.foreground_ml <= most else "fail"
+        findings.append(Finding("field", level, message, remedy))
     if quality.cropped > MAX_CROPPED_SHARE:
         rows, columns = contract.size
         message = f"{quality.cropped:.0%} of the head or brain falls outside of the model's {rows} × {columns} pixels"
@@ -206,7 +218,9 @@ def slices_finding(num_slices: int, contract: InputContract) -> Finding | None:
     if fewest / SLICES_SLACK <= num_slices <= most * SLICES_SLACK:
         return Finding("slices", "ok")
     message = f"{num_slices} slices; training stacks had {fewest} to {most}"
-    return Finding("slices", "warn", message, "Check that the scan shows the whole head, and its spacing along z")
+    surely = not fewest / SURE_SLICES_SLACK <= num_slices <= most * SURE_SLICES_SLACK
+    remedy = "Check that the scan shows the whole head, and its spacing along z"
+    return Finding("slices", "fail" if surely else "warn", message, remedy)
 
 
 def age_finding(age_years: Any, contract: InputContract) -> Finding | None:

@@ -9,12 +9,13 @@ Axis legend: X left → right, Y posterior → anterior, Z inferior → superior
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 from jaxtyping import Bool, Float
 from scipy import ndimage
 
 from brainfound.data.preprocessing.grids import bounding_box
-from brainfound.data.reading.scan import Scan
 
 MAX_HEAD_ML = 5500.0
 """More than an adult's head and neck."""
@@ -24,7 +25,20 @@ COARSE_MM = 3.0
 """Spacing of the grid on which air noise is separated: fast, and robust to single bright voxels."""
 
 
-def foreground(scan: Scan) -> Bool[np.ndarray, "X Y Z"]:
+class Volume(Protocol):
+    """The part of a `brainfound.data.reading.scan.Scan` that its foreground depends on."""
+
+    @property
+    def data(self) -> Float[np.ndarray, "X Y Z"]: ...
+
+    @property
+    def affine(self) -> Float[np.ndarray, "4 4"]: ...
+
+    @property
+    def spacing_mm(self) -> Float[np.ndarray, "3"]: ...
+
+
+def foreground(scan: Volume) -> Bool[np.ndarray, "X Y Z"]:
     """The head or brain in a scan, as a mask on its grid."""
     data = scan.data
     exact = _constant_background(data)
@@ -35,7 +49,7 @@ def foreground(scan: Scan) -> Bool[np.ndarray, "X Y Z"]:
     return _segment_head(data, scan.spacing_mm)
 
 
-def _is_padded_air(inside: Bool[np.ndarray, "X Y Z"], scan: Scan) -> bool:
+def _is_padded_air(inside: Bool[np.ndarray, "X Y Z"], scan: Volume) -> bool:
     """Whether the mask is the field of view of a padded scan: too large for a head, and filling its box."""
     count = np.count_nonzero(inside)
     if count * abs(np.linalg.det(scan.affine[:3, :3])) <= MAX_HEAD_ML * 1000:

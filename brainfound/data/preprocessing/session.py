@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,11 @@ from brainfound.data.hooks import Hook, run_hooks
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import ScanQuality, Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
-from brainfound.data.reading.scan import load_scan
+from brainfound.data.reading.scan import Scan, load_scan
 from brainfound.errors import ScanError, UsageError
 
 FURTHER_SCAN_REASON = "another scan of this contrast"
-"""Prefix of the reason for a second scan of a contrast, which is not faulty."""
+"""Prefix of the reason for a further scan of a contrast, which is not faulty."""
 NOT_IN_COHORT_REASON = "no part of the cohort"
 """Prefix of the reason for a file of the source that is not a scan of the cohort, and not faulty."""
 
@@ -54,12 +55,28 @@ class PreparedSession:
         return [file for file in self.not_used if file.is_further_scan]
 
 
+def next_scan_note(place: int, num_scans: int, reason: str) -> str:
+    """The note on a scan that is used since those before it cannot be; ``reason`` is that of the first.
+
+    Its details are left out, since they may name a file.
+    """
+    why = re.split(r": | \(", reason)[0]
+    return f"scan {place} of {num_scans} of this contrast is used, since the first cannot be ({why})"
+
+
 def prepare_session(
-    session: Session, preprocessing: Preprocessing, mask: str = "mask", hooks: Sequence[Hook] = ()
+    session: Session,
+    preprocessing: Preprocessing,
+    mask: str = "mask",
+    hooks: Sequence[Hook] = (),
+    inspect: Callable[[Scan, StackBuilder], None] | None = None,
 ) -> PreparedSession:
-    """Read and prepare one session; one scan at a time is in memory. ``mask`` is the column of the stack's mask."""
+    """Read and prepare one session; one scan at a time is in memory. ``mask`` is the column of the stack's mask.
+
+    ``inspect`` is called with each scan that was accepted, after the builder has added it.
+    """
     with tempfile.TemporaryDirectory() if hooks else nullcontext("") as folder:
-        return _Preparation(session, preprocessing, mask, hooks, Path(folder)).run()
+        return _Preparation(session, preprocessing, mask, hooks, Path(folder), inspect).run()
 
 
 @dataclass
@@ -69,54 +86,62 @@ class _Preparation:
     mask: str
     hooks: Sequence[Hook]
     folder: Path
+    inspect: Callable[[Scan, StackBuilder], None] | None = None
     not_used: list[UnusedFile] = field(default_factory=list)
 
     def run(self) -> PreparedSession:
         builder: StackBuilder | None = None
         reference: Path | None = None
-        for contrast in self._select_contrasts():
-            source = self.session.scans[contrast]
-            try:
-                # Other scans are registered to the reference scan after its hooks.
-                file = run_hooks(source, self.hooks, contrast=contrast, reference=reference, folder=self.folder)
-                if builder is None:
-                    # If this fails, the next contrast is the reference.
-                    builder = StackBuilder(self.preprocessing, contrast, load_scan(file), source.name)
-                    reference = file
-                else:
-                    builder.add(contrast, load_scan(file), source.name)
-            except ScanError as error:
-                self._refuse(source, contrast, error.reason)
-        if builder is not None:
-            self._add_mask(builder)
-        self._list_further_scans()
+        for contrast, files in self._select_scans().items():
+            first_reason = ""
+            for place, source in enumerate(files, start=1):
+                try:
+                    file = source
+                    if self.hooks:
+                        # Other scans are registered to the reference scan after its hooks.
+                        file = run_hooks(source, self.hooks, contrast=contrast, reference=reference, folder=self.folder)
+                    scan = load_scan(file)
+                    if builder is None:
+                        # If this fails, the contrast's next scan is the reference, or that of the next contrast.
+                        builder = StackBuilder(self.preprocessing, contrast, scan, source.name)
+                        reference = file
+                    else:
+                        builder.add(contrast, scan, source.name)
+                    if self.inspect is not None:
+                        self.inspect(scan, builder)
+                    del scan
+                except ScanError as error:
+                    self._refuse(source, contrast, error.reason)
+                    first_reason = first_reason or error.what
+                    continue
+                if place > 1:
+                    builder.note(next_scan_note(place, len(files), first_reason))
+                for further in files[place:]:
+                    self._refuse(further, contrast, f"{FURTHER_SCAN_REASON} is used: {source.name}")
+                break
         if builder is None:
             return PreparedSession(None, self.not_used)
+        self._add_mask(builder)
         session = self.session
         stack = builder.build(session.covariates, session.subject, session.session)
         return PreparedSession(stack, self.not_used, builder.quality)
 
-    def _select_contrasts(self) -> list[str]:
-        """The session's contrasts that go into the stack, in its order; other files are refused with a reason."""
-        scans = self.session.scans
-        for contrast, file in [*scans.items(), *self.session.extra_scans]:
+    def _select_scans(self) -> dict[str, list[Path]]:
+        """Contrast → its scans in the order in which they are tried; other files are refused with a reason."""
+        session = self.session
+        listed = [*session.scans.items(), *session.extra_scans]
+        for contrast, file in listed:
             if contrast not in CONTRASTS:
                 try:
                     parse_contrast(contrast)
                 except UsageError as error:
                     self._refuse(file, contrast, error.reason)
-        wanted: list[str] = []
-        for contrast in self.preprocessing.contrasts:
-            if contrast not in scans:
-                continue
-            listed_as = [other for other in wanted if scans[other] == scans[contrast]]
-            if listed_as:
-                self._refuse(scans[contrast], contrast, f"the same file is listed as {listed_as[0]}")
-            else:
-                wanted.append(contrast)
-        if not wanted:
+        wanted, repeated = session.candidates(self.preprocessing.contrasts)
+        for contrast, file, other in repeated:
+            self._refuse(file, contrast, f"the same file is listed as {other}")
+        if not wanted and not repeated:
             names = ", ".join(self.preprocessing.contrasts)
-            for contrast, file in scans.items():
+            for contrast, file in session.scans.items():
                 if contrast in CONTRASTS:
                     self._refuse(file, contrast, f"the session has none of the wanted contrasts ({names})")
         return wanted
@@ -126,17 +151,9 @@ class _Preparation:
         if file is None:
             return
         try:
-            builder.add_mask(load_scan(file, labels=True), file.name)
+            builder.add_mask(load_scan(file, labels=True))
         except ScanError as error:
             self._refuse(file, "mask", error.reason)
-
-    def _list_further_scans(self) -> None:
-        refused = {entry.file for entry in self.not_used}
-        for contrast, file in self.session.extra_scans:
-            if contrast in self.preprocessing.contrasts:
-                first = self.session.scans[contrast]
-                fate = "was first, and refused" if first in refused else "is used"
-                self._refuse(file, contrast, f"{FURTHER_SCAN_REASON} {fate}: {first.name}")
 
     def _refuse(self, file: Path, contrast: str, reason: str) -> None:
         self.not_used.append(UnusedFile(file, contrast, reason))

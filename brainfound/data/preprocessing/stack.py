@@ -43,6 +43,8 @@ class Stack:
         present: ``(C,)`` whether each contrast was scanned; absent channels hold zeros.
         affine: ``(4, 4)``, (slice, row, column) → millimetres in RAS+.
         native_shape, native_affine: of the reference scan as stored.
+        native_header: its qform, sform and their codes, for the images of `to_native`; None if unknown, as for a stack
+            of a store.
         mask: ``(S, H, W)`` label codes, or None.
         covariates: columns of the cohort (age_years, sex, site, diagnosis, …).
     """
@@ -58,6 +60,7 @@ class Stack:
     covariates: dict[str, Any] = field(default_factory=dict)
     subject: str = ""
     session: str = ""
+    native_header: nib.Nifti1Header | None = field(default=None, repr=False, compare=False)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -92,7 +95,11 @@ class Stack:
             native = resample(volume, to_stack, self.native_shape, order=0)
         if native.dtype == np.int64:
             native = native.astype(np.int32)
-        image = nib.Nifti1Image(native, self.native_affine)
+        return self.native_image(native)
+
+    def native_image(self, values: Num[np.ndarray, "X Y Z ..."]) -> nib.Nifti1Image:
+        """An image of values on the reference scan's grid, with the qform, the sform and the codes of that scan."""
+        image = nib.Nifti1Image(values, self.native_affine, self.native_header, dtype=values.dtype)
         image.header.set_xyzt_units("mm")
         return image
 

@@ -24,13 +24,16 @@ from brainfound.data.preprocessing.grids import (
 )
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import ScanQuality, Stack, positions_mm, skull_state
-from brainfound.data.reading.header_geometry import axis_codes
+from brainfound.data.reading.header_geometry import SFORM_QFORM_MM, axis_codes
 from brainfound.data.reading.scan import Scan
 from brainfound.errors import ScanError
 
 _POINTS_PER_AXIS = 32
 _MIN_LABELS_IN_HEAD = 0.8
-"""Smallest share of a cropped map's labels inside the head; of a randomly placed map it is about half."""
+"""Smallest share of a map's labels inside the head; of a randomly placed map it is about half."""
+_LABEL_MARGIN_MM = 3.0
+"""Labels this near count as inside the head: a stripped brain ends where its mask ended."""
+_MAX_LABEL_POINTS = 100_000
 _NOTE_CROPPED_SHARE = 0.01
 _NOTE_SPACING_RATIO = 3.0
 
@@ -50,6 +53,7 @@ class StackBuilder:
             raise ScanError("too few slices inside the foreground", got=self.grid[0], expected=expected, remedy=remedy)
         self.affine = reference.affine @ to_scan
         self.native_shape, self.native_affine = reference.native_shape, reference.native_affine
+        self._native_header = reference.header.spatial if reference.header else None
         self._points_mm = _foreground_points(reference, inside)
         self._inside, self._reference_affine = inside, reference.affine
         slices, height, width = self.grid
@@ -57,6 +61,8 @@ class StackBuilder:
         self._present = np.zeros(len(preprocessing.contrasts), dtype=bool)
         self._mask: np.ndarray | None = None
         self.quality: list[ScanQuality] = []
+        self._grids: list[tuple[np.ndarray, tuple[int, ...]]] = []
+        """Affine and shape of each scan in RAS."""
         self._add(contrast, reference, inside, overlap=1.0, file=file)
 
     def add(self, contrast: str, scan: Scan, file: str = "") -> None:
@@ -67,31 +73,53 @@ class StackBuilder:
             raise _no_overlap("the scan", f"{overlap:.0%} of its foreground covered", f"at least {least:.0%}")
         self._add(contrast, scan, foreground(scan), overlap, file)
 
-    def add_mask(self, mask: Scan, file: str = "") -> None:
+    def note(self, text: str, place: int = -1) -> None:
+        """Add a note to the quality of a scan: by default of the last one."""
+        quality = self.quality[place]
+        self.quality[place] = replace(quality, notes=(*quality.notes, text))
+
+    def add_mask(self, mask: Scan) -> None:
         """Bring a label map in the same world space onto the grid.
 
-        A map that is cropped around its labels is accepted if they lie in the foreground. Everything outside of its
-        field of view is background; if that cuts off part of the head, the reference scan gets a note.
-        ScanError: it does not overlap the reference scan.
+        Its labels must lie in the head, however much of the head its field of view covers. Everything outside of that
+        is background; if it cuts off part of the head, the reference scan gets a note.
+        ScanError: its labels lie elsewhere, or it covers too little of the head and is not cropped around labels.
         """
-        covered = _share_within(self._points_mm, mask.affine, mask.data.shape)
-        least = self.preprocessing.min_overlap
-        if covered < least:
-            inside_share = self._share_in_foreground(mask)
-            if not inside_share >= _MIN_LABELS_IN_HEAD:
-                inside = "no label" if np.isnan(inside_share) else f"{inside_share:.0%} of the labels in it"
-                got = f"{covered:.0%} of its foreground covered, and {inside}"
-                expected = f"at least {least:.0%}, or {_MIN_LABELS_IN_HEAD:.0%} of the labels in it"
+        covered, least = self._covered_share(mask), self.preprocessing.min_overlap
+        inside_share = self._share_in_head(mask, project=covered >= least)
+        distance_mm = self._distance_to_same_grid(mask)
+        has_labels = not np.isnan(inside_share)
+        # A map that is cropped around its labels has fewer voxels than the scan on which it was drawn.
+        is_cropped = covered < least and has_labels and not distance_mm
+        if inside_share < _MIN_LABELS_IN_HEAD or (covered < least and not is_cropped):
+            inside = f"{inside_share:.0%} of the labels in it" if has_labels else "no label"
+            got = f"{covered:.0%} of its foreground covered, and {inside}"
+            if distance_mm:
+                got += f"; a grid like that of a scan, {distance_mm:.0f} mm away"
+            expected = f"at least {_MIN_LABELS_IN_HEAD:.0%} of the labels in it"
+            if covered < least:
+                expected = f"at least {least:.0%}, or a cropped map with {expected}"
                 raise _no_overlap("the mask", got, expected)
+            remedy = "Check that the mask was drawn on a scan of this session, and its affine"
+            what = "the labels of the mask lie outside of the head"
+            raise ScanError(what, got=got, expected=expected, remedy=remedy)
         labels = mask.data.astype(np.uint8 if mask.data.max() <= 255 else np.uint16)
         affine = mask.affine
+        for note in mask.notes:
+            self.note(f"the mask: {note}", place=0)
+        if distance_mm:
+            text = f"the mask has the voxel grid of a scan, {distance_mm:.1f} mm away: if it was drawn on it, its"
+            self.note(f"{text} affine is wrong", place=0)
         if 1 - covered > _NOTE_CROPPED_SHARE:
-            name = f"the mask {file}" if file else "the mask"
-            note = f"{name} covers {covered:.0%} of the foreground; what lies outside of it counts as background"
-            self.quality[0] = replace(self.quality[0], notes=(*self.quality[0].notes, note))
+            note = f"the mask covers {covered:.0%} of the foreground; what lies outside of it counts as background"
+            self.note(note, place=0)
             # With a margin, labels at the faces of the map end as in a larger map.
             labels, affine = np.pad(labels, 1), affine @ shift(-1)
         self._mask = resample_labels(labels, np.linalg.inv(affine) @ self.affine, self.grid)
+
+    def channel(self, contrast: str) -> Num[np.ndarray, "S H W"]:
+        """The pixels of one contrast, as far as it was added."""
+        return self._pixels[:, self.preprocessing.contrasts.index(contrast)]
 
     def build(self, covariates: Mapping[str, Any] | None = None, subject: str = "", session: str = "") -> Stack:
         """The stack of all scans that were added."""
@@ -107,6 +135,7 @@ class StackBuilder:
             covariates=dict(covariates or {}),
             subject=subject,
             session=session,
+            native_header=self._native_header,
         )
 
     def _add(self, contrast: str, scan: Scan, inside: Bool[np.ndarray, "X Y Z"], overlap: float, file: str) -> None:
@@ -132,6 +161,7 @@ class StackBuilder:
             raise ScanError("nothing of the scan reaches the stack", expected=expected, remedy=remedy)
         self._pixels[:, channel] = volume
         self._present[channel] = True
+        self._grids.append((scan.affine, scan.data.shape))
         self.quality.append(self._measure_quality(contrast, scan, inside, (low, high), overlap, file))
 
     def _intensity_range(self, contrast: str, scan: Scan, inside: np.ndarray) -> tuple[float, float]:
@@ -149,14 +179,41 @@ class StackBuilder:
             raise ScanError("the foreground has one value only", got=got, remedy=remedy)
         return low, high
 
-    def _share_in_foreground(self, mask: Scan) -> float:
-        """The share of a map's labelled voxels inside the reference scan's foreground; nan without labels."""
-        points = np.argwhere(mask.data)
-        if not len(points):
+    def _covered_share(self, scan: Scan) -> float:
+        """The share of the reference scan's foreground inside of a scan's field of view."""
+        return _share_within(self._points_mm, scan.affine, scan.data.shape)
+
+    def _share_in_head(self, mask: Scan, project: bool) -> float:
+        """The share of a map's labelled voxels in or near the reference scan's foreground; nan without labels.
+
+        A map whose labels cover the head, such as one of all tissues and the air, is in it. With ``project``, labels
+        outside of the field of view count as at its face: a slab shows only a part of the head.
+        """
+        if not mask.data.any():
             return float("nan")
-        voxels = np.rint(_apply(np.linalg.inv(self._reference_affine) @ mask.affine, points)).astype(int)
-        within = ((voxels >= 0) & (voxels < self._inside.shape)).all(axis=1)
-        return float(self._inside[tuple(voxels[within].T)].sum() / len(points))
+        if _share_labelled(self._points_mm, mask) >= _MIN_LABELS_IN_HEAD:
+            return 1.0
+        points = np.argwhere(mask.data)
+        points = points[:: max(len(points) // _MAX_LABEL_POINTS, 1)]
+        voxels = _apply(np.linalg.inv(self._reference_affine) @ mask.affine, points)
+        margin = _LABEL_MARGIN_MM / np.linalg.norm(self._reference_affine[:3, :3], axis=0)
+        near = np.zeros(len(points), dtype=bool)
+        for step in product((0, -1, 1), repeat=3):
+            rest = np.flatnonzero(~near)
+            index = np.rint(voxels[rest] + np.array(step) * margin).astype(int)
+            nearest = np.clip(index, 0, np.array(self._inside.shape) - 1)
+            within = project | (nearest == index).all(axis=1)
+            near[rest] = within & self._inside[tuple(nearest.T)]
+        return float(near.mean())
+
+    def _distance_to_same_grid(self, mask: Scan) -> float:
+        """Distance in mm of a map from the nearest scan with as many voxels along each axis; 0 if none, or if equal."""
+        alike = [affine for affine, shape in self._grids if shape == mask.data.shape]
+        corners = np.array(list(product(*((0, n - 1) for n in mask.data.shape))))
+        here = _apply(mask.affine, corners)
+        distances = [np.linalg.norm(_apply(affine, corners) - here, axis=1).max() for affine in alike]
+        nearest = float(min(distances, default=0.0))
+        return nearest if nearest > SFORM_QFORM_MM else 0.0
 
     def _measure_quality(
         self, contrast: str, scan: Scan, inside: np.ndarray, intensities: tuple[float, float], overlap: float, file: str
@@ -259,6 +316,13 @@ def _no_overlap(what: str, got: str, expected: str) -> ScanError:
     remedy = "Check that the files belong together and that their affines are right"
     what = f"{what} does not overlap the session's reference scan"
     return ScanError(what, got=got, expected=expected, remedy=remedy)
+
+
+def _share_labelled(points_mm: np.ndarray, mask: Scan) -> float:
+    """The share of points at which a map has a label."""
+    voxels = np.rint(_apply(np.linalg.inv(mask.affine), points_mm)).astype(int)
+    within = ((voxels >= 0) & (voxels < mask.data.shape)).all(axis=1)
+    return float(np.count_nonzero(mask.data[tuple(voxels[within].T)]) / max(len(points_mm), 1))
 
 
 def _foreground_points(scan: Scan, inside: np.ndarray) -> np.ndarray:

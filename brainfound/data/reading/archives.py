@@ -1,5 +1,6 @@
-"""Files inside zip archives, read in place: a member is a virtual path, and nothing is extracted.
+"""Virtual paths, read in place: files inside zip archives, and volumes of 4-D files. Nothing is extracted.
 
+``Path("…/x.nii.gz/volume-2")`` is the third volume of ``x.nii.gz``.
 ``Path("…/ses-01.zip/anat/x.nii.gz")`` is the member ``anat/x.nii.gz`` of ``ses-01.zip``. Archives are not trusted: the
 directory is checked before any member is used, and a member's bytes are counted and checksummed as they are read.
 """
@@ -7,6 +8,7 @@ directory is checked before any member is used, and a member's bytes are counted
 from __future__ import annotations
 
 import io
+import os
 import re
 import stat
 import struct
@@ -33,11 +35,25 @@ MAX_RATIO = 250
 MAX_RATIO_COMPRESSED = 20
 """The same for members that are compressed already (.gz, .mgz): only a bomb can be packed much further."""
 CHUNK_BYTES = 2**18
+_POINTER_BYTES = 512
+_POINTER = "a pointer to a file that was not fetched"
 _LOCAL_HEADER = struct.Struct("<4s2B4HL2L2H")
 _InflateError = cast("type[Exception]", isal_zlib.error)  # the type stubs declare an instance
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 _REMEDY = "Unpack the archive yourself and give the folder, or pack it again"
 _ZIP_ERRORS = (zipfile.BadZipFile, struct.error, OSError, EOFError, ValueError, OverflowError, RuntimeError)
+
+
+def volume_path(path: Path, number: int) -> Path:
+    """The virtual path of one volume of a 4-D file, counted from 0."""
+    return path / f"volume-{number}"
+
+
+def split_volume_path(path: Path) -> tuple[Path, int | None]:
+    """The file and the volume of a path; None if it is no `volume_path`."""
+    match = re.fullmatch(r"volume-(\d{1,4})", path.name)
+    is_image = path.parent.name.lower().endswith((".nii", ".nii.gz"))
+    return (path.parent, int(match.group(1))) if match and is_image else (path, None)
 
 
 def split_archive_path(path: str | Path) -> tuple[Path, str] | None:
@@ -63,7 +79,8 @@ def open_binary(path: str | Path) -> BinaryIO:
     """Open a file, or a member of a zip archive, for sequential reading.
 
     A member is not seekable; its length and checksum are verified at its end.
-    ScanError: there is no such file or member, or the archive is refused; a read raises it for a corrupt member.
+    ScanError: there is no such file or member, or the archive is refused, or it is a pointer of Git LFS or git-annex;
+    a read may raise it too, for a corrupt member.
     """
     path = Path(path)
     parts = split_archive_path(path)
@@ -72,14 +89,25 @@ def open_binary(path: str | Path) -> BinaryIO:
             # Opening a pipe would wait for someone to write into it.
             if not path.is_file():
                 raise _missing(path)
-            return path.open("rb")
+            stream: io.BufferedReader = path.open("rb")
         except (OSError, ValueError) as error:
             raise ScanError(f"cannot be opened: {_reason(error)}", where=path.name) from error
-    archive, name = parts
-    info = _directory(archive).get(name)
-    if info is None:
-        raise _missing(path)
-    return cast(BinaryIO, io.BufferedReader(_Member(archive, info), CHUNK_BYTES))
+    else:
+        archive, name = parts
+        info = _directory(archive).get(name)
+        if info is None:
+            raise _missing(path)
+        stream = io.BufferedReader(_Member(archive, info), CHUNK_BYTES)
+    try:
+        if remedy := fetch_remedy(path, stream.peek(_POINTER_BYTES)):
+            raise ScanError(_POINTER, where=path.name, remedy=remedy)
+    except OSError as error:
+        stream.close()
+        raise ScanError(f"cannot be read: {_reason(error)}", where=path.name) from error
+    except ScanError:
+        stream.close()
+        raise
+    return cast(BinaryIO, stream)
 
 
 def is_file(path: str | Path) -> bool:
@@ -92,6 +120,7 @@ def size_and_mtime(path: str | Path) -> tuple[int, int] | None:
 
     A refused archive counts as missing; `open_binary` gives the reason.
     """
+    path, _ = split_volume_path(Path(path))
     parts = split_archive_path(path)
     try:
         status = Path(path if parts is None else parts[0]).stat()
@@ -106,8 +135,36 @@ def size_and_mtime(path: str | Path) -> tuple[int, int] | None:
     return None if info is None else (info.file_size, status.st_mtime_ns)
 
 
-def _missing(path: Path) -> ScanError:
-    return ScanError("no such file", where=path.name, remedy="Check the path in the manifest or folder")
+def fetch_remedy(path: Path, start: bytes = b"") -> str | None:
+    """How to fetch the content of a file that git-annex or Git LFS keeps elsewhere; None for any other file.
+
+    Args:
+        path: the file, or a link whose target is not there.
+        start: its first bytes.
+    """
+    text = start[:_POINTER_BYTES].decode("ascii", errors="replace").replace("\\", "/").lstrip()
+    if text.startswith("version https://git-lfs.github.com/spec/"):
+        return "It is kept in Git LFS; fetch it: git lfs pull"
+    target = "" if path.exists() else os.path.realpath(path).replace(os.sep, "/")
+    is_pointer = re.match(r"(?:[./]*\.git)?/annex/objects/\S", text) is not None
+    if is_pointer or "annex/objects/" in target:
+        return "It is kept in git-annex; fetch it: datalad get FILE, or git annex get FILE"
+    return None
+
+
+def require_given(path: Path) -> None:
+    """Raise a ScanError, with the path as a user wrote it, if there is no such file, member or folder."""
+    if not path.exists() and not is_file(path):
+        raise _missing(path, path, "Check the path; scans are given as FILE or CONTRAST=FILE")
+
+
+def _missing(path: Path, where: object = None, remedy: str = "Check the path in the manifest or folder") -> ScanError:
+    where = where or path.name
+    if fetch := fetch_remedy(path):
+        return ScanError(_POINTER, where=where, remedy=fetch)
+    if path.is_symlink():
+        return ScanError("a link whose target is not there", where=where, remedy="Copy or download the file itself")
+    return ScanError("no such file", where=where, remedy=remedy)
 
 
 def _reason(error: BaseException) -> str:

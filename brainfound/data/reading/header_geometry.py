@@ -32,6 +32,12 @@ MIN_VOLUME_SHARE = 0.5
 HEADER_ERRORS = (HeaderDataError, WrapStructError, MGHError, ArithmeticError, LookupError, ValueError, TypeError)
 """Errors that nibabel raises for a damaged header."""
 
+QUATERNION_EXCESS = 1e-3
+"""Most that b² + c² + d² of a qform may exceed 1; a turn by 180 degrees has 1, and writers round it."""
+_FLOAT32_EXCESS = 1e-5
+
+_QFORM = ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
+
 AffineSource = Literal["sform", "qform", "header size only", "mgh"]
 
 _REPAIR = "Repair the header's sform or qform"
@@ -43,7 +49,7 @@ def header_affine(header: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray,
 
     ``shape`` is that of the volume, at whose corners affines are compared.
     """
-    notes: list[str] = []
+    notes = _normalise_quaternion(header) if isinstance(header, Nifti1Header) else []
     affine = np.asarray(header.get_best_affine(), dtype=np.float64)
     source: AffineSource = "header size only"
     if isinstance(header, MGHHeader):
@@ -63,6 +69,46 @@ def header_affine(header: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray,
     if source == "header size only":
         notes.append("no orientation in the header; taken from voxel sizes, left-right may be wrong")
     return affine, source, notes
+
+
+def spatial_header(header: Any) -> Nifti1Header | None:
+    """A NIfTI-1 header with the qform and sform of another one, and nothing else; None for other formats.
+
+    Written with it, an image lies where the scan lies for readers of either, with the scan's codes. Lengths are in mm.
+    A qform that cannot be read is left out.
+    """
+    if not isinstance(header, Nifti1Header):
+        return None
+    copy = Nifti1Header()
+    for name in ("qform_code", *_QFORM, "sform_code", "srow_x", "srow_y", "srow_z"):
+        copy[name] = header[name]
+    copy["pixdim"][:4] = header["pixdim"][:4]
+    copy.set_xyzt_units("mm")
+    _normalise_quaternion(copy)
+    try:
+        readable = bool(np.isfinite(copy.get_qform()).all())
+    except HEADER_ERRORS:
+        readable = False
+    if not readable:
+        copy["qform_code"] = 0
+        for name in _QFORM:
+            copy[name] = 0
+    return copy
+
+
+def _normalise_quaternion(header: Any) -> list[str]:
+    """Scale a quaternion that rounding made longer than 1, as nifti1_io.c does; a note if it is more than rounding.
+
+    The header stores b, c and d of a unit quaternion; nibabel refuses them where b² + c² + d² exceeds 1.
+    """
+    names = _QFORM[:3]
+    vector = np.array([header[name] for name in names], dtype=np.float64)
+    excess = float(vector @ vector - 1)
+    if header["qform_code"] == 0 or not 0 < excess <= QUATERNION_EXCESS:
+        return []
+    for name, value in zip(names, vector / np.sqrt(1 + excess), strict=True):
+        header[name] = value
+    return [f"the qform's quaternion has the length {np.sqrt(1 + excess):.5f}, read as 1"] * (excess > _FLOAT32_EXCESS)
 
 
 def _compare_with_qform(header: Any, affine: np.ndarray, shape: tuple[int, int, int]) -> list[str]:

@@ -29,8 +29,8 @@ from nibabel.nifti2 import Nifti2Header, Nifti2PairHeader
 from nibabel.spm2analyze import Spm2AnalyzeHeader
 from nibabel.volumeutils import apply_read_scaling
 
-from brainfound.data.reading.archives import MAX_DEFLATE_RATIO, open_binary, size_and_mtime
-from brainfound.data.reading.header_geometry import HEADER_ERRORS, AffineSource, header_affine
+from brainfound.data.reading.archives import MAX_DEFLATE_RATIO, open_binary, size_and_mtime, split_volume_path
+from brainfound.data.reading.header_geometry import HEADER_ERRORS, AffineSource, header_affine, spatial_header
 from brainfound.errors import ScanError
 
 MAX_VOXELS = 1024**3
@@ -62,6 +62,7 @@ class ImageHeader:
         slope, inter: scaling of the voxels, or None.
         affine: ``(4, 4)``, index in the stored array → millimetres in RAS+.
         max_tail: most bytes allowed after the last voxel.
+        spatial: see `brainfound.data.reading.header_geometry.spatial_header`.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class ImageHeader:
     affine_source: AffineSource
     max_tail: int
     notes: tuple[str, ...]
+    spatial: Nifti1Header | None
 
 
 def unreadable_error(path: Path, why: object) -> ScanError:
@@ -87,6 +89,7 @@ def unreadable_error(path: Path, why: object) -> ScanError:
 
 def read_image_header(path: Path) -> ImageHeader:
     """Read and check the header of an image, without its voxels; ScanError for a file that cannot be a scan."""
+    path, volume = split_volume_path(path)
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
         raise ScanError(
@@ -105,17 +108,22 @@ def read_image_header(path: Path) -> ImageHeader:
         with np.errstate(all="ignore"):
             header = _parse(path, block, is_pair=data_path != path, messages=messages)
             shape = tuple(int(size) for size in header.get_data_shape())
-            shape_3d = _shape_3d(shape, path)
+            shape_3d = _shape_3d(shape if volume is None else _select_volume(shape, volume, path), path)
             dtype = _real_dtype(header.get_data_dtype(), path)
             is_mgh = isinstance(header, MGHHeader)
             offset = MGH_OFFSET if is_mgh else int(header.get_data_offset())
+            skipped = 0 if volume is None else math.prod(shape_3d) * dtype.itemsize
             slope, inter = (None, None) if is_mgh else header.get_slope_inter()
             affine, source, notes = header_affine(header, shape_3d)
+            spatial = spatial_header(header)
     except HEADER_ERRORS as error:
         raise unreadable_error(path, error) from error
     if not is_mgh and data_path == path and offset < header.single_vox_offset:
         raise unreadable_error(path, f"the voxels would begin inside the header, at byte {offset}")
-    _check_declared_size(data_path, offset, shape_3d, dtype)
+    max_tail = MAX_MGH_TAIL_BYTES if is_mgh else MAX_TAIL_BYTES
+    _check_declared_size(data_path, offset, shape_3d if volume is None else shape, dtype)
+    if volume is not None:
+        offset, max_tail = offset + volume * skipped, max_tail + (shape[3] - volume - 1) * skipped
     texts = messages.texts
     if source == "sform":
         texts = [text for text in texts if "qfac" not in text]
@@ -132,8 +140,9 @@ def read_image_header(path: Path) -> ImageHeader:
         inter=inter,
         affine=affine,
         affine_source=source,
-        max_tail=MAX_MGH_TAIL_BYTES if is_mgh else MAX_TAIL_BYTES,
+        max_tail=max_tail,
         notes=tuple(f"header: {text}" for text in texts) + tuple(notes),
+        spatial=spatial,
     )
 
 
@@ -197,6 +206,8 @@ def _pair(path: Path) -> tuple[Path, Path]:
     other_suffix = ".img" if given_header else ".hdr"
     other = path.with_name(stem + (other_suffix.upper() if suffix.isupper() else other_suffix) + packed)
     if size_and_mtime(other) is None:
+        if other.is_symlink():
+            open_binary(other)  # its error says how to fetch the file
         expected = f"the {other_suffix} file of the same name beside it"
         remedy = "Copy both files, or convert them to one .nii.gz"
         raise ScanError("half of a pair is missing", where=path.name, expected=expected, remedy=remedy)
@@ -241,6 +252,15 @@ def _shape_3d(shape: tuple[int, ...], path: Path) -> tuple[int, int, int]:
     return (spatial[0], spatial[1], spatial[2])
 
 
+def _select_volume(shape: tuple[int, ...], volume: int, path: Path) -> tuple[int, ...]:
+    """The shape of one volume of a 4-D file."""
+    if len(shape) != 4 or volume >= shape[3]:
+        got = f"shape {'×'.join(map(str, shape))}"
+        remedy = "Check the names of the channels against the file"
+        raise ScanError(f"the file has no volume {volume}", where=path.name, got=got, remedy=remedy)
+    return shape[:3]
+
+
 def _real_dtype(dtype: Any, path: Path) -> np.dtype:
     """The stored type, which must be a real number of at most 64 bits."""
     dtype = np.dtype(dtype)
@@ -256,7 +276,7 @@ def _real_dtype(dtype: Any, path: Path) -> np.dtype:
     raise ScanError(what, where=path.name, got=got, expected="integers or floats", remedy=remedy)
 
 
-def _check_declared_size(path: Path, offset: int, shape: tuple[int, int, int], dtype: np.dtype) -> None:
+def _check_declared_size(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
     """Refuse a header that does not fit the file, before memory is allocated."""
     facts = size_and_mtime(path)
     held = 0 if facts is None else facts[0]

@@ -5,13 +5,16 @@ Axis legend: X left → right, Y posterior → anterior, Z inferior → superior
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
+from nibabel.nifti1 import Nifti1Header
 from nibabel.orientations import apply_orientation, inv_ornt_aff
+from scipy import ndimage
 
+from brainfound.data.preprocessing.foreground import foreground
 from brainfound.data.reading.header_geometry import (
     AffineSource,
     axis_codes,
@@ -24,6 +27,12 @@ from brainfound.errors import ScanError
 
 MAX_VALUE = 1e30
 """Largest absolute value of a voxel. No scanner writes it, and sums of larger values overflow float32."""
+MAX_LABEL = 65535
+"""Largest code of a label map."""
+LABEL_ROUNDING = 0.01
+"""Distance from a whole number that is the rounding of whoever wrote a label map."""
+MAX_NONFINITE_SHARE = 1e-3
+"""Share of voxels outside of the head that may be NaN or infinite; more is a damaged file or a mask in NaN."""
 MIN_RANGE = 1e-30
 """Smallest range of an image's values that can be scaled in float32. Diffusivities in m²/s vary by 1e-9."""
 
@@ -42,6 +51,8 @@ class ScanHeader:
     spacing_mm: tuple[float, float, float]
     affine_source: AffineSource
     notes: tuple[str, ...] = ()
+    spatial: Nifti1Header | None = field(default=None, repr=False, compare=False)
+    """qform, sform and their codes, see `brainfound.data.reading.header_geometry.spatial_header`; None if not NIfTI."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class Scan:
         affine: ``(4, 4)``, index in ``data`` → millimetres in RAS+.
         native_shape, native_affine: of the stored array.
         header: None for a scan created in memory.
+        notes: those of the header, and on corrected voxels.
     """
 
     data: Float[np.ndarray, "X Y Z"]
@@ -93,9 +105,8 @@ def load_scan(path: str | Path, *, labels: bool = False) -> Scan:
     image = read_image_header(path)
     header = _scan_header(image)
     data, low, high = read_voxels(image)
-    _check_values(data, low, high, path, labels)
     orientation = closest_canonical(image.affine, path)
-    return Scan(
+    scan = Scan(
         data=apply_orientation(data, orientation),
         affine=image.affine @ inv_ornt_aff(orientation, header.shape),
         native_shape=header.shape,
@@ -103,6 +114,13 @@ def load_scan(path: str | Path, *, labels: bool = False) -> Scan:
         header=header,
         notes=header.notes,
     )
+    # Corrections are made in `data`, of which the scan's voxels are a view.
+    if labels:
+        note = _round_labels(data, low, high, image)
+    else:
+        note = "" if np.isfinite(low) and np.isfinite(high) else _fill_nonfinite(scan, path)
+        _check_range(data, *((float(data.min()), float(data.max())) if note else (low, high)), path)
+    return replace(scan, notes=(*scan.notes, note)) if note else scan
 
 
 def _scan_header(image: ImageHeader) -> ScanHeader:
@@ -117,29 +135,80 @@ def _scan_header(image: ImageHeader) -> ScanHeader:
         spacing_mm=(x, y, z),
         affine_source=image.affine_source,
         notes=image.notes + shear_notes(image.affine),
+        spatial=image.spatial,
     )
 
 
-def _check_values(data: np.ndarray, low: float, high: float, path: Path, labels: bool) -> None:
-    # NaN and infinite voxels show in the smallest and largest value.
-    if not (np.isfinite(low) and np.isfinite(high)):
-        count = int(data.size - np.isfinite(data).sum())
-        got, remedy = f"{count} of {data.size} voxels", "Repair the file, for example by writing 0 there"
-        raise ScanError("NaN or infinite values", where=path.name, got=got, expected="finite values", remedy=remedy)
-    if labels:
-        if low < 0 or high > 65535 or not _all_integers(data):
-            got, expected = f"values from {low:g} to {high:g}", "whole numbers from 0 to 65535"
-            remedy = "Give a hard segmentation"
-            raise ScanError("not a label map", where=path.name, got=got, expected=expected, remedy=remedy)
-    elif max(-low, high) > MAX_VALUE or 0 < high - low < MIN_RANGE:
+def _check_range(data: np.ndarray, low: float, high: float, path: Path) -> None:
+    if max(-low, high) > MAX_VALUE or 0 < high - low < MIN_RANGE:
         got, expected = f"{low:g} to {high:g}", f"at most {MAX_VALUE:g}, and a range of at least {MIN_RANGE:g}"
         remedy = "The file or its scaling is damaged; export it again"
         raise ScanError("implausible values", where=path.name, got=got, expected=expected, remedy=remedy)
-    elif low == high:
+    if low == high:
         what = "all voxels are zero" if low == 0 else f"all voxels have the value {low:g}"
         raise ScanError(what, where=path.name, expected="an image", remedy="Export the scan again or leave it out")
 
 
-def _all_integers(data: np.ndarray) -> bool:
-    # Slice by slice: a rounded copy of the volume would double the memory.
-    return all(np.array_equal(data[:, :, z], np.rint(data[:, :, z])) for z in range(data.shape[2]))
+def _nonfinite_error(count: int, size: int, path: Path, where: str = "") -> ScanError:
+    got, remedy = f"{count} of {size} voxels{where}", "Repair the file, for example by writing 0 there"
+    return ScanError("NaN or infinite values", where=path.name, got=got, expected="finite values", remedy=remedy)
+
+
+def _fill_nonfinite(scan: Scan, path: Path) -> str:
+    """Give a few NaN or infinite voxels outside of the head the value of the background; returns the note on it.
+
+    ScanError: they are too many, or one of them lies in the head or beside it.
+    """
+    data = scan.data
+    faulty = ~np.isfinite(data)
+    count = int(np.count_nonzero(faulty))
+    if count > max(MAX_NONFINITE_SHARE * data.size, 1):
+        raise _nonfinite_error(count, data.size, path)
+    faces = np.concatenate([data[(slice(None),) * axis + (end,)].ravel() for axis in range(3) for end in (0, -1)])
+    faces = faces[np.isfinite(faces)]
+    data[faulty] = np.median(faces) if faces.size else 0
+    # A hole in a stripped brain has the value of its background now: it is closed again.
+    with np.errstate(all="ignore"):
+        inside = ndimage.binary_fill_holes(foreground(scan))
+    in_head = int(np.count_nonzero(faulty & ndimage.binary_dilation(inside, np.ones((3, 3, 3)))))
+    if in_head or not inside.any():
+        raise _nonfinite_error(count, data.size, path, f", {in_head} of them in the head" if in_head else "")
+    voxels = "1 voxel" if count == 1 else f"{count} voxels"
+    return f"{voxels} outside of the head {'was' if count == 1 else 'were'} NaN or infinite, and became background"
+
+
+def _round_labels(data: np.ndarray, low: float, high: float, image: ImageHeader) -> str:
+    """Round label codes to whole numbers, where they stand for them; returns a note if one changed.
+
+    A scaled integer stands for the whole number within half a step, if each code has one stored value; any number
+    stands for the whole number within `LABEL_ROUNDING`.
+    """
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise _nonfinite_error(int(data.size - np.isfinite(data).sum()), data.size, image.path)
+    # Slice by slice: another copy of the volume would double the memory.
+    slices = [data[:, :, z] for z in range(data.shape[2])]
+    largest = max(float(np.abs(part - np.rint(part)).max()) for part in slices)
+    limit = LABEL_ROUNDING
+    values: set[float] = set()
+    if largest > LABEL_ROUNDING:
+        for part in slices:
+            values.update(np.unique(part).tolist())
+            if len(values) > MAX_LABEL:
+                break
+        step = abs(float(np.max(image.slope or 0.0))) if image.dtype.kind in "iu" else 0.0
+        # Of a step of 1 or more, some codes cannot be stored; float32 values carry a rounding of their own.
+        if step < 1 and len({round(value) for value in values}) == len(values):
+            limit = max(LABEL_ROUNDING, step / 2 + 1e-6 * abs(high))
+    if np.rint(low) < 0 or np.rint(high) > MAX_LABEL or largest > limit:
+        got = f"values from {low:g} to {high:g}"
+        if largest > limit:
+            first = min(value for value in values if abs(value - round(value)) > limit)
+            got = f"the value {first:.6g}, in {int(np.count_nonzero(data == first))} voxels, and {got}"
+        remedy = "Give a hard segmentation"
+        expected = f"whole numbers from 0 to {MAX_LABEL}"
+        raise ScanError("not a label map", where=image.path.name, got=got, expected=expected, remedy=remedy)
+    if not largest:
+        return ""
+    for part in slices:
+        np.rint(part, out=part)
+    return f"label codes were rounded to whole numbers, by up to {largest:.2g}"

@@ -7,6 +7,7 @@ that may be sessions, derivatives or versions of one data set are refused.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -17,27 +18,28 @@ from typing import Any, NoReturn
 import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
+from brainfound.data.sources import manifest
 from brainfound.data.sources.bids_files import BidsName, Sidecars, contrast_from_bids_name, mask_column
+from brainfound.data.sources.covariates import clean_covariates
 from brainfound.data.sources.file_names import (
     SubjectNamer,
     UnusedFiles,
     contains_image,
-    is_session_name,
     iter_images,
     natural_sort_key,
     split_words,
     stem,
     subfolders,
 )
+from brainfound.data.sources.identifiers import is_session_name
 from brainfound.data.sources.tables import (
     LabelMapRow,
     SessionKey,
     SourceLayout,
     SourceTable,
-    convert_ages_to_years,
+    count_noun,
     join,
     join_label_maps,
-    parse_ages,
     read_json,
     read_table,
     sort_by_session,
@@ -48,6 +50,8 @@ from brainfound.errors import CohortError
 _SESSION_TABLES = "sub-*_sessions.tsv"
 _NATIVE_SPACES = {"", "orig", "native", "individual", "t1w", "t2w", "flair"}
 """Values of ``space-`` for the acquired grid, or for that of another scan of the same subject."""
+_SESSION = ("subject", "session")
+_NO_SCANS = "the BIDS folder holds no scans of a known contrast"
 _MISPLACED = "its name is that of another subject or session than its folder's"
 
 
@@ -85,7 +89,7 @@ def read(root: Path, work: Path | None = None) -> SourceTable:
                 rows.append(row | sidecars.get_scanner_columns(file))
     if not rows:
         raise CohortError(
-            "the BIDS folder holds no scans of a known contrast",
+            _NO_SCANS,
             where=root.name or root,
             got=f"{len(unused)} other images" if unused else "no images",
             expected="files such as sub-01/anat/sub-01_T1w.nii.gz",
@@ -95,7 +99,7 @@ def read(root: Path, work: Path | None = None) -> SourceTable:
     table = pd.DataFrame(rows)
     notes += _notes_on_choices(table)
     label_maps += _find_derivatives(root, unused)
-    mask_columns = _join_label_maps(table, label_maps, unused)
+    mask_columns = _join_label_maps(table, label_maps, unused, notes)
     table = _join_tables(table, root, notes)
     if sidecars.faulty:
         notes.append(f"{len(sidecars.faulty)} sidecars cannot be used; their values are missing")
@@ -142,6 +146,9 @@ def _notes_on_choices(table: pd.DataFrame) -> list[str]:
             f"{num_further} further scans of a contrast that its session has already: the one without space- "
             "and with the fewest entities is used, then by echo, run and name"
         )
+    num_chunks = sum("chunk" in BidsName.parse(Path(path)).entities for path in table["path"])
+    if num_chunks:
+        notes.append(f"{num_chunks} scans are chunks of a volume (chunk-…); the first is read as if it were the whole")
     spaces = _spaces_of_sessions(table, lambda file: BidsName.parse(file).entities.get("space", "none"))
     num_mixed = sum(len(names) > 1 for names in spaces.values())
     if num_mixed:
@@ -156,7 +163,11 @@ def _notes_on_choices(table: pd.DataFrame) -> list[str]:
 
 def _find_derivatives(root: Path, unused: UnusedFiles) -> list[LabelMapRow]:
     label_maps = []
-    for pipeline in subfolders(root / "derivatives", "*"):
+    derivatives = root / "derivatives"
+    pipelines = subfolders(derivatives, "*")
+    if subfolders(derivatives, "sub-*"):  # ISLES'22 has no folder of a pipeline
+        pipelines = [derivatives, *(folder for folder in pipelines if not folder.name.startswith("sub-"))]
+    for pipeline in pipelines:
         for subject in subfolders(pipeline, "sub-*"):
             for file in iter_images(subject, unused):
                 key, column = _parse_subject_session(pipeline, file), mask_column(file)
@@ -169,7 +180,9 @@ def _find_derivatives(root: Path, unused: UnusedFiles) -> list[LabelMapRow]:
     return label_maps
 
 
-def _join_label_maps(table: pd.DataFrame, label_maps: list[LabelMapRow], unused: UnusedFiles) -> tuple[str, ...]:
+def _join_label_maps(
+    table: pd.DataFrame, label_maps: list[LabelMapRow], unused: UnusedFiles, notes: list[str]
+) -> tuple[str, ...]:
     """Join one label map per session and column: raw folders come before derivatives, then the order is that of scans.
 
     A label map must lie in the space of the session's scans: native, or the same template.
@@ -183,7 +196,7 @@ def _join_label_maps(table: pd.DataFrame, label_maps: list[LabelMapRow], unused:
             unused.append((file, f"a label map in another space ({space or 'native'}) than the scans"))
         else:
             usable.append((column, key, file))
-    return join_label_maps(table, usable, unused)
+    return join_label_maps(table, usable, unused, notes)
 
 
 def _template_space(file: Path) -> str:
@@ -200,41 +213,63 @@ def _join_tables(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFr
         notes.append("participants.tsv of the raw data set is used")
     if participants.is_file():
         table = _join_participants(table, participants, notes)
-    sessions = []
-    inherited = (root / "sessions.json", root / "participants.json")
+    sessions: dict[bytes, list[tuple[Path, pd.DataFrame]]] = {}
+    found: list[str] = []
     for file in sorted(root.glob("sub-*/sub-*_sessions.tsv"), key=lambda file: natural_sort_key(file.name)):
-        file_notes: list[str] = []
-        facts = read_table(file, file_notes, bids_ids=True)
-        file_notes = [note.replace(file.name, _SESSION_TABLES) for note in file_notes]  # notes hold no identifiers
-        notes += [note for note in file_notes if note not in notes]
+        facts = read_table(file, found, bids_ids=True)
         if "session" not in facts:
             raise CohortError("a table of sessions has no column 'session_id'", where=file.name, remedy="Add it")
         facts["subject"] = file.parent.name
         facts["session"] = strip_session_prefix(facts["session"])
-        sessions.append(parse_ages(convert_ages_to_years(facts, file, notes, inherited, _SESSION_TABLES), file))
+        sidecar = file.with_suffix(".json")
+        sessions.setdefault(sidecar.read_bytes() if sidecar.is_file() else b"", []).append((sidecar, facts))
     if sessions:
-        facts = pd.concat(sessions, ignore_index=True)
-        table = join(table, facts, ("subject", "session"), root / _SESSION_TABLES, notes)
+        inherited = (root / "sessions.json", root / "participants.json")
+        cleaned = []
+        for files in sessions.values():  # those with the same sidecar together, so that a note counts them together
+            facts = pd.concat([facts for _, facts in files])
+            cleaned.append(clean_covariates(facts, _SESSION_TABLES, found, [files[0][0], *inherited]))
+        table = join(table, pd.concat(cleaned), _SESSION, root / _SESSION_TABLES, notes)
+    found = [re.sub(r"^sub-\w+?_sessions", "sub-*_sessions", note) for note in found]  # notes hold no identifiers
+    notes += dict.fromkeys(found)
     return table
 
 
 def _join_participants(table: pd.DataFrame, file: Path, notes: list[str]) -> pd.DataFrame:
+    """Join by subject; a row with a session belongs to that session alone, and outranks those without one."""
     facts = read_table(file, notes, bids_ids=True)
     if "subject" not in facts:
-        raise CohortError("participants.tsv has no column 'participant_id'", where=file.name, remedy="Add it")
+        raise CohortError("no column 'participant_id'", where=file.name, remedy="Add it")
     facts = facts[facts["subject"].notna()].copy()
     facts["subject"] = [name if name.startswith("sub-") else f"sub-{name}" for name in facts["subject"]]
-    keys = ["subject"]
-    if "session" in facts and facts["subject"].duplicated().any():
-        facts["session"] = strip_session_prefix(facts["session"])
-        keys = ["subject", "session"]
-    facts = parse_ages(convert_ages_to_years(facts, file, notes), file)
+    facts = clean_covariates(facts, file.name, notes, [file.with_suffix(".json")])
     with_scans, listed = set(table["subject"]), set(facts["subject"])
     if listed - with_scans:
         notes.append(f"{len(listed - with_scans)} subjects of participants.tsv have no scans")
     if with_scans - listed:
         notes.append(f"{len(with_scans - listed)} subjects with scans are not in participants.tsv")
-    return join(table, facts, keys, file, notes if len(keys) > 1 else None)
+    if "session" not in facts:
+        return join(table, facts, ("subject",), file)
+    facts["session"] = _name_only_sessions(strip_session_prefix(facts["session"]), facts["subject"], table)
+    table = join(table, facts[facts["session"].isna()], ("subject",), file)
+    table = join(table, facts[facts["session"].notna()], _SESSION, file, notes)
+    keys = table[list(_SESSION)].drop_duplicates()
+    rows = set(facts[list(_SESSION)].itertuples(index=False, name=None))
+    has_row = [key in rows or (key[0], None) in rows for key in keys.itertuples(index=False, name=None)]
+    if not all(has_row):
+        notes.append(f"{has_row.count(False)} of {len(has_row)} sessions with scans have no row in participants.tsv")
+    return table
+
+
+def _name_only_sessions(sessions: list[str | None], subjects: pd.Series, table: pd.DataFrame) -> list[str | None]:
+    """The session of each row; ``1`` where the subject has one row and scans whose paths name no session."""
+    keys = zip(table["path"], table["subject"], strict=True)
+    inside = [path.rpartition(f"{os.sep}{name}{os.sep}")[2] for path, name in keys]
+    names_session = [bool(re.search(r"(?:^|[/\\_])ses-", path)) for path in inside]
+    unnamed = set(table["subject"]) - set(table["subject"][names_session])
+    num_rows = Counter(subjects)
+    only = [subject in unnamed and num_rows[subject] == 1 for subject in subjects]
+    return ["1" if is_only and session else session for session, is_only in zip(sessions, only, strict=True)]
 
 
 # A folder of several data sets
@@ -247,18 +282,21 @@ _PROCESSING_WORDS = {
     *("stripped", "skullstripped", "brain", "defaced", "registered", "coregistered", "normalised", "normalized"),
     *("fmriprep", "smriprep", "freesurfer", "mriqc", "copy", "old", "new", "backup"),
 }
-_SESSION = re.compile(r"(?:wave|round|phase|followup)[_\-]?\w{1,3}", re.IGNORECASE)
+_VISIT = re.compile(r"(?:wave|round|phase|followup)[_\-]?\w{1,3}", re.IGNORECASE)
 
 
 def read_collection(path: Path, work: Path | None = None) -> SourceTable:
-    """Read all data sets. Subjects are named ``<dataset>_<subject>``; the site is the data set if no table gives one.
+    """Read all data sets: BIDS folders, and folders with a manifest.
 
-    The same subject name in unrelated data sets counts as different people, and a note reports it. Raises a CohortError
-    if the folders may hold the same people.
+    Subjects are named ``<dataset>_<subject>``; the site is the data set if no table gives one. The same subject name in
+    unrelated data sets counts as different people, and a note reports it. A data set that cannot be read is rejected,
+    and a note gives its name, the number of its subjects and the reason. Raises a CohortError if the folders may hold
+    the same people, or if no data set can be read.
     """
     namer = SubjectNamer()
     tables: list[pd.DataFrame] = []
     unused: UnusedFiles = []
+    rejected: UnusedFiles = []
     columns: list[str] = ["mask"]
     datasets = _datasets(path)
     originals = [folder for folder in datasets if folder.name.lower() not in _COPIES]
@@ -266,16 +304,23 @@ def read_collection(path: Path, work: Path | None = None) -> SourceTable:
     if originals:
         unused += [(folder, "a copy of the data set beside it") for folder in datasets if folder not in originals]
         datasets = originals
-    unused += [(folder, "a folder that is not a BIDS data set (read it by itself)") for folder in others]
+    for folder in others:
+        is_lost = folder.name.lower() not in _COPIES and contains_image([folder])
+        reason = "a folder that is not a BIDS data set (read it by itself)"
+        (rejected if is_lost else unused).append((folder, f"{folder.name}: {reason}" if is_lost else reason))
     notes = _check_people(path, datasets)
     for folder in datasets:
-        if path.name == "derivatives" or _is_derivative(folder, []):
+        has_manifest = _has_manifest(folder)
+        if not has_manifest and (path.name == "derivatives" or _is_derivative(folder, [])):
             what = "several derivatives may hold the same people"
             raise CohortError(what, where=path.name, remedy="Give one of the folders")
         try:
-            source = read(folder)
+            source = manifest.read(folder) if has_manifest else read(folder)
         except CohortError as error:
-            unused.append((folder, error.what))
+            if error.what == _NO_SCANS:
+                unused.append((folder, _NO_SCANS))
+            else:
+                rejected.append((folder, _reason_of_loss(folder, error)))
             continue
         table = source.table
         table["subject"] = [namer(folder.name, subject) for subject in table["subject"]]
@@ -285,31 +330,64 @@ def read_collection(path: Path, work: Path | None = None) -> SourceTable:
         unused += source.unused
         columns += [column for column in source.mask_columns if column not in columns]
     if not tables:
-        raise CohortError("no data set holds a scan", where=path.name, got=unused[0][1], remedy="Check the suffixes")
+        got = (rejected or unused)[0][1]
+        raise CohortError("no data set holds a scan", where=path.name, got=got, remedy="Check the data sets one by one")
     if len(notes) > _MAX_NOTES:
         notes = [*notes[:_MAX_NOTES], f"{len(notes) - _MAX_NOTES} more notes; read a data set alone to see its own"]
     table = pd.concat(tables, ignore_index=True)
-    return SourceTable(table, path, COLLECTION_LAYOUT.name, tuple(columns), notes, unused)
+    _refuse_shared_files(path, table)
+    lost = [reason for _, reason in rejected]
+    name = "data sets" if any(_has_manifest(folder) for folder in datasets) else COLLECTION_LAYOUT.name
+    return SourceTable(table, path, name, tuple(columns), [*lost, *notes], unused, rejected)
+
+
+def _has_manifest(folder: Path) -> bool:
+    """Whether a data set is read by its manifest. One of another program beside ``sub-*`` folders does not count."""
+    return not can_read(folder) or manifest.find_subjects(folder) is not None
+
+
+def _subjects(folder: Path) -> set[str]:
+    """The names of a data set's subjects; empty for a manifest that cannot be read."""
+    listed = manifest.find_subjects(folder)
+    return {child.name for child in subfolders(folder, "sub-*")} if listed is None else listed
+
+
+def _reason_of_loss(folder: Path, error: CohortError) -> str:
+    """The name of a data set, the number of its subjects and the error, without identifiers of subjects."""
+    subjects = _subjects(folder)
+    whole = f"with its {count_noun(len(subjects), 'subject')}" if subjects else "whole"
+    return f"{folder.name} is left out {whole}: {re.sub(r'sub-[0-9A-Za-z]+', 'sub-*', str(error))}"
+
+
+def _refuse_shared_files(path: Path, table: pd.DataFrame) -> None:
+    """Refuse manifests that list the same scan: one person would become two."""
+    datasets = table["dataset"].groupby([os.path.realpath(file) for file in table["path"]]).agg(["nunique", "unique"])
+    shared = datasets[datasets["nunique"] > 1]
+    if len(shared):
+        _refuse(path, "several data sets list the same scans", " and ".join(sorted(shared["unique"].iloc[0])[:2]))
 
 
 def _datasets(path: Path) -> list[Path]:
-    return [folder for folder in subfolders(path, "[!.]*") if can_read(folder)] if path.is_dir() else []
+    folders = subfolders(path, "[!.]*") if path.is_dir() else []
+    return [folder for folder in folders if manifest.can_read(folder) or can_read(folder)]
 
 
 COLLECTION_LAYOUT = SourceLayout(
     name="BIDS data sets",
-    layout_hint="folders with sub-*/ in them (several BIDS data sets)",
-    can_read=lambda path: bool(_datasets(path)),
+    layout_hint="folders with sub-*/ or a manifest in them (several data sets)",
+    can_read=lambda path: any(
+        can_read(folder) or manifest.find_subjects(folder) is not None for folder in _datasets(path)
+    ),
     read=read_collection,
 )
 
 
 def _check_people(path: Path, datasets: list[Path]) -> list[str]:
     """A note on subject names that occur in several data sets; CohortError if they seem to be the same people."""
-    sessions = [folder.name for folder in datasets if is_session_name(folder.name) or _SESSION.fullmatch(folder.name)]
+    sessions = [folder.name for folder in datasets if is_session_name(folder.name) or _VISIT.fullmatch(folder.name)]
     if len(datasets) > 1 and sessions:
         _refuse(path, "the folders look like visits of the same people", sessions[0])
-    subjects = {folder: {child.name for child in subfolders(folder, "sub-*")} for folder in datasets}
+    subjects = {folder: _subjects(folder) for folder in datasets}
     counts = Counter(name for names in subjects.values() for name in names)
     shared = {name for name, count in counts.items() if count > 1}
     if not shared:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from brainfound.contrasts import CONTRASTS, UNKNOWN, parse_contrast
 from brainfound.data.sources.file_names import MAX_B0_S_PER_MM2, UnusedFiles, natural_sort_key, stem
-from brainfound.errors import UsageError
+from brainfound.data.sources.words import read_bids_name
 
 SCANNER_COLUMNS = {
     "MagneticFieldStrength": "field_strength_t",
@@ -21,7 +19,6 @@ SCANNER_COLUMNS = {
 """Sidecar keys to keep, and their cohort columns. Institution, station, serial number and dates are not kept, since
 they can identify a person."""
 
-_SUFFIXES = {suffix: contrast.name for contrast in CONTRASTS.values() for suffix in contrast.bids_suffixes}
 _ENTITIES_WITHOUT_RANK = {"sub", "ses", "part", "ce"}
 _BRAIN = re.compile(r"(?:^|_)(?:label|desc)-(?:brain|head)", re.IGNORECASE)
 _TISSUE = re.compile(r"(?:^|_)(?:label|desc)-(?:ribbon|GM|WM|CSF|SCGM|CGM)(?:_|$)")
@@ -53,32 +50,19 @@ class BidsName:
         """Sort key: of several scans of one contrast, the first is used.
 
         Scans without ``space-`` and with few entities come first (the acquired grid before a template's, the plain scan
-        before a reconstructed one), then echo, run and name decide.
+        before a reconstructed one), then echo, run and name decide. The inversions of an MP2RAGE (``acq-inv1``) come
+        behind its other images.
         """
         ranked = {key: value for key, value in self.entities.items() if key not in _ENTITIES_WITHOUT_RANK}
         numbers = [natural_sort_key(ranked.get(key, "")) for key in ("echo", "run")]
-        return ("space" in ranked, len(ranked), *numbers, natural_sort_key(sorted(ranked.items())))
+        inversion = re.search("inv[-]?[12]", ranked.get("acq", ""), re.IGNORECASE) is not None
+        return ("space" in ranked, inversion, len(ranked), *numbers, natural_sort_key(sorted(ranked.items())))
 
 
 def contrast_from_bids_name(name: BidsName) -> tuple[str, str]:
-    """The contrast of a file name, and the reason if it is unknown.
-
-    Only the suffix counts: ``sub-01_T1w_defacemask`` is not a T1w. Lower-case suffixes (``t1``) are accepted.
-    """
-    part = name.entities.get("part", "mag")
-    if part != "mag":
-        return UNKNOWN, f"not a magnitude image (part-{part})"
-    if "inv" in name.entities:
-        return UNKNOWN, "one inversion of an MP2RAGE"
-    suffix = name.suffix
-    contrast = _SUFFIXES.get(suffix, UNKNOWN)
-    if contrast == UNKNOWN and re.fullmatch(r"[A-Za-z][A-Za-z0-9]*", suffix):
-        with suppress(UsageError):
-            contrast = parse_contrast(suffix)
-    if contrast == UNKNOWN:
-        return UNKNOWN, f"no known contrast ({suffix})" if name.entities else "no known contrast in the name"
-    enhanced = name.entities.get("ce", "none") != "none"
-    return ("T1ce" if contrast == "T1w" and enhanced else contrast), ""
+    """The contrast of a file name, and the reason if it is unknown: ``sub-01_T1w_defacemask`` is not a T1w."""
+    reading = read_bids_name(name.entities, name.suffix)
+    return reading.contrast, reading.reason
 
 
 def mask_column(path: PurePath) -> str | None:
@@ -94,7 +78,7 @@ def mask_column(path: PurePath) -> str | None:
         return "brain_mask"
     if "sub" not in BidsName.parse(path).entities:  # such as deface_mask.nii.gz next to its scan
         return None
-    if name.endswith(("_mask", "_roi")) and "_task-" not in name and not _TISSUE.search(name):
+    if name.endswith(("_mask", "_msk", "_roi")) and "_task-" not in name and not _TISSUE.search(name):
         return "brain_mask" if _BRAIN.search(name) else "mask"
     return "deface_mask" if name.endswith("_defacemask") else None
 

@@ -8,10 +8,11 @@ The contrast of a series is derived from its sidecar by these rules, in this ord
 ``unknown``, since a wrong contrast is worse than none.
 
 1. ``ImageType``: ADC is an ADC map and a trace is a DWI; phase, projections and other derived maps are unknown.
-2. Words of ``SeriesDescription``, then of ``ProtocolName``. Localizers, functional, perfusion and other series without
-   a structural contrast are unknown, and so are texts with words of two contrasts (except FLAIR with T2, or with T1).
-3. Sequence times, in seconds: an inversion-prepared gradient echo with TI 0.6–1.3 and TE < 0.01 is T1w; a spin echo
-   with TE ≥ 0.07 and TR ≥ 2 is T2w without an inversion, and FLAIR with TI 1.5–3 and TR ≥ 4.
+2. Words of ``SeriesDescription``, then of ``ProtocolName``, read by `brainfound.data.sources.words` as those of file
+   names are: localizers, functional and perfusion series, maps, other parts of the body and doubtful texts are unknown.
+3. Sequence times, in seconds, outrank the words T1, T2, FLAIR and PD: an inversion-prepared gradient echo with TI
+   0.6–1.3 and TE < 0.01 is T1w; a spin echo with TE ≥ 0.07 and TR ≥ 2 is T2w without an inversion, and FLAIR with TI
+   1.5–3 and TR ≥ 4.
 4. A T1w with a contrast agent in the header, or with a word for one (post, gd), is T1ce.
 """
 
@@ -32,6 +33,7 @@ import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.sources.bids_files import SCANNER_COLUMNS
+from brainfound.data.sources.covariates import clean_covariates
 from brainfound.data.sources.dicom_series import (
     MAX_FOLDERS_PER_PATIENT,
     Series,
@@ -42,6 +44,7 @@ from brainfound.data.sources.dicom_series import (
 )
 from brainfound.data.sources.file_names import BROKEN_LINK, UnusedFiles, iter_files, natural_sort_key
 from brainfound.data.sources.tables import SourceLayout, SourceTable, read_json
+from brainfound.data.sources.words import read_series_text
 from brainfound.errors import CohortError, UsageError
 
 _MARKER = "conversion.json"
@@ -56,30 +59,12 @@ _KEPT_KEYS = {
 }
 """Sidecar keys to keep: those needed by the contrast rules and the cohort's columns."""
 
+_WEIGHTED = {"T1w", "T1ce", "T2w", "FLAIR", "PDw"}
+"""Contrasts that the times of a sequence decide."""
 _DERIVED_TYPES = {
     *("FA", "EADC", "EXP", "TENSOR", "COLFA", "PHASE", "P", "IMAGINARY", "REAL", "MIP", "MNIP", "MINIP", "MPR"),
     *("PROJECTION IMAGE", "CBF", "CBV", "MTT", "TTP", "TMAX", "RCBV", "RCBF", "T1 MAP", "T2 MAP", "LOCALIZER"),
 }
-_NOT_STRUCTURAL = re.compile(
-    r"\b(?:loc|localizer|localiser|scout|survey|aahead|aascout|calib\w*|asset|shim|field ?map\w*|b0 ?map|bold|fmri|"
-    r"resting|rest|asl|pasl|pcasl|perf\w*|dsc|dce|pwi|cbf|cbv|mtt|ttp|spectro\w*|svs|csi|mrs|fa|eadc|map|mapit|pha|phase|"
-    r"mip|mnip|minip|projection|screen ?save|report|phoenix\w*|cine|dixon|mt)\b"
-)
-_CONTRAST_WORDS = (
-    ("FLAIR", r"flair|dark ?fluid|t2f"),
-    ("ADC", r"adc|apparent diffusion"),
-    ("DWI", r"dwi|tracew?|ep2d diff\w*|diffusion|resolve|b ?1000"),
-    ("SWI", r"swi|swan|ven ?bold|suscept\w*"),
-    ("MRA", r"tof|mra|angio\w*"),
-    ("T2starw", r"t2 ?star|t2s|hemo\w*|t2 fl2d|t2 ?gre|gre t2"),
-    ("PDw", r"pd|pdw|proton density"),
-    ("T2w", r"t2|t2w"),
-    ("T1w", r"t1|t1w|mprage|mp ?rage|mpr|spgr|fspgr|bravo|tfl|mpr ?age"),
-)
-_ENHANCED = re.compile(
-    r"\b(?:post|gd|gad\w*|ce|km|contrast|enhanced|postcontrast|t1c|t1ce|t1gd)\b|\+ ?(?:c|gd|gad|km)\b"
-)
-_NOT_ENHANCED = re.compile(r"\b(?:pre|without|non|no|w ?o|ohne|nativ)\b")
 
 
 def can_read(path: Path) -> bool:
@@ -110,6 +95,7 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     num_unknown = int((table["contrast"] == UNKNOWN).sum())
     if num_unknown:
         notes.append(f"{num_unknown} scans are of unknown contrast; name them in a manifest if you need them")
+    table = clean_covariates(table, "DICOM", notes)
     return SourceTable(table, work, LAYOUT.name, notes=notes, unused=unused)
 
 
@@ -255,32 +241,20 @@ def contrast_from_sidecar(sidecar: dict[str, Any]) -> str:
         return "DWI"
     if types & _DERIVED_TYPES:
         return UNKNOWN
+    from_times = _contrast_from_times(sidecar)
+    agent = any(sidecar.get(key) for key in ("ContrastBolusIngredient", "ContrastBolusAgent"))
     for key in ("SeriesDescription", "ProtocolName"):
-        text = str(sidecar.get(key) or "").lower().replace("t2*", "t2star").replace("w/o", "without")
-        text = " ".join(re.sub(r"[^a-z0-9+]+", " ", text).split())
-        if _NOT_STRUCTURAL.search(text):
-            return UNKNOWN
-        contrast = _contrast_from_words(text)
-        if contrast is not None:
-            return _mark_enhanced(contrast, text, sidecar)
-    return _mark_enhanced(_contrast_from_times(sidecar), "", sidecar)
-
-
-def _contrast_from_words(text: str) -> str | None:
-    """The contrast that the words name; ``unknown`` if they name two, None if they name none."""
-    named = [contrast for contrast, words in _CONTRAST_WORDS if re.search(rf"\b(?:{words})\b", text)]
-    if "T1w" not in named and re.search(r"\b(?:t1c|t1ce|t1gd)\b", text):
-        named.append("T1w")
-    if not named:
-        return None
-    if "FLAIR" in named and "T1w" in named:  # a T1-weighted FLAIR (General Electric) is T1-weighted
-        return "T1w" if set(named) == {"FLAIR", "T1w"} and not re.search(r"\bt2\b", text) else UNKNOWN
-    for stronger in ("FLAIR", "SWI", "T2starw"):
-        if stronger in named and set(named) <= {stronger, "T2w", "T2starw"}:
-            return stronger
-    if set(named) == {"ADC", "DWI"}:
-        return "ADC"
-    return named[0] if len(named) == 1 else UNKNOWN
+        reading = read_series_text(str(sidecar.get(key) or ""))
+        if reading is None:
+            continue
+        weighted = {*reading.candidates, reading.contrast} <= _WEIGHTED | {UNKNOWN}
+        if from_times != UNKNOWN and weighted and (reading.contrast != UNKNOWN or reading.candidates):
+            same = from_times == "T1w" and reading.contrast in ("T1w", "T1ce")
+            contrast = reading.contrast if same else from_times
+        else:
+            contrast = reading.contrast
+        return "T1ce" if contrast == "T1w" and agent and not reading.denies_agent else contrast
+    return "T1ce" if from_times == "T1w" and agent else from_times
 
 
 def _contrast_from_times(sidecar: dict[str, Any]) -> str:
@@ -297,13 +271,6 @@ def _contrast_from_times(sidecar: dict[str, Any]) -> str:
         if inversion is not None and 1.5 <= inversion <= 3 and repetition >= 4:
             return "FLAIR"
     return UNKNOWN
-
-
-def _mark_enhanced(contrast: str, text: str, sidecar: dict[str, Any]) -> str:
-    if contrast != "T1w" or _NOT_ENHANCED.search(text):
-        return contrast
-    agent = any(sidecar.get(key) for key in ("ContrastBolusIngredient", "ContrastBolusAgent"))
-    return "T1ce" if agent or _ENHANCED.search(text) else contrast
 
 
 def _image_types(sidecar: dict[str, Any]) -> set[str]:

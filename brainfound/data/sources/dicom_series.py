@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import struct
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 from brainfound.data.sources.file_names import DICOM_SUFFIXES, UnusedFiles, natural_sort_key, sanitise_name
+from brainfound.data.sources.identifiers import is_session_name
 from brainfound.errors import CohortError
 
 _TAGS = [
-    *("PatientID", "PatientName", "PatientAge", "PatientSex", "Modality"),
+    *("PatientID", "PatientName", "PatientBirthDate", "PatientAge", "PatientSex", "Modality"),
     *("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "StudyDate", "StudyTime"),
 ]
 _NO_PATIENT = {
@@ -27,6 +32,20 @@ _REPEATED_CHARACTER = re.compile(r"0+|(\D)\1{2,}")
 MAX_FOLDERS_PER_PATIENT, MAX_FOLDER_SHARE_PER_PATIENT = 2, 0.1
 """A PatientID that exceeds both limits (a number and a share of the folders) does not belong to one person."""
 _YEARS_PER_UNIT = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
+_MAX_AGE_YEARS = 110
+_FIRST_DATE = "19700101"
+"""Study dates before the first MRI of a person are placeholders."""
+_TITLES = {"mr", "mrs", "ms", "dr", "prof", "herr", "frau", "jr", "sr"}
+
+
+class _Person(NamedTuple):
+    """What one header says about the person; in memory only."""
+
+    study_date: str
+    name: tuple[str, ...]
+    birth_date: str
+    age: str
+    sex: str
 
 
 @dataclass
@@ -67,8 +86,12 @@ def is_dicom(path: Path) -> bool:
 
 
 def find_series(root: Path, files: Iterable[Path], unused: UnusedFiles) -> list[Series]:
-    """Group files into MR series, with ``subject`` and ``session`` set; other DICOM files go into ``unused``."""
-    series_by_uid: dict[str, Series] = {}
+    """Group files into MR series, with ``subject`` and ``session`` set; other DICOM files go into ``unused``.
+
+    CohortError if the headers of one PatientID contradict each other about the person.
+    """
+    series_by_uid: dict[tuple[str, str | None], Series] = {}
+    persons: dict[str, set[_Person]] = defaultdict(set)
     for file in files:
         if file.name.upper() == "DICOMDIR" or not is_dicom(file):
             continue
@@ -82,8 +105,11 @@ def find_series(root: Path, files: Iterable[Path], unused: UnusedFiles) -> list[
         else:
             parts = file.relative_to(root).parts
             series = _make_series(header, decode_filename(parts[0]) if len(parts) > 1 else "")
-            series_by_uid.setdefault(series.uid, series).files.append(file)
+            series_by_uid.setdefault((series.uid, series.patient), series).files.append(file)
+            if series.patient is not None:
+                persons[series.patient].add(_read_person(header))
     all_series = list(series_by_uid.values())
+    _require_one_person_per_id(persons)
     _require_distinct_patient_ids(all_series)
     _assign_subjects(all_series)
     _assign_sessions(all_series)
@@ -123,7 +149,6 @@ def decode_filename(name: str) -> str:
 
 def _make_series(header: dict[str, str], folder: str) -> Series:
     patient, number, sex = header["PatientID"], header["SeriesNumber"], header["PatientSex"].upper()
-    age = re.fullmatch(r"(\d{1,3})([YMWD])", header["PatientAge"].upper())
     is_placeholder = patient.lower() in _NO_PATIENT or _REPEATED_CHARACTER.fullmatch(patient) is not None
     return Series(
         uid=header["SeriesInstanceUID"],
@@ -133,9 +158,103 @@ def _make_series(header: dict[str, str], folder: str) -> Series:
         named=frozenset(re.findall(r"[^\W\d_]{2,}", header["PatientName"].lower())),
         acquired_at=f"{header['StudyDate']} {header['StudyTime']}",
         folder=folder,
-        age_years=int(age.group(1)) * _YEARS_PER_UNIT[age.group(2)] if age else None,
+        age_years=_age_years(header["PatientAge"]),
         sex=sex if sex in ("F", "M") else None,
     )
+
+
+def _age_years(text: str) -> float | None:
+    """Years of a DICOM age; None for other text, for the placeholders 000Y and 999Y, and from 110 years up.
+
+    >>> _age_years("018M"), _age_years("000Y"), _age_years("45")
+    (1.5, None, None)
+    """
+    age = re.fullmatch(r"(\d{1,3})([YMWD])", text.upper())
+    years = int(age.group(1)) * _YEARS_PER_UNIT[age.group(2)] if age else 0
+    return years if 0 < years < _MAX_AGE_YEARS else None
+
+
+def _read_person(header: dict[str, str]) -> _Person:
+    text = unicodedata.normalize("NFKD", header["PatientName"].casefold())
+    text = "".join(letter for letter in text if not unicodedata.combining(letter))
+    words = [word for word in re.split(r"[\W_]+", text) if word and word not in _NO_PATIENT | _TITLES]
+    words = [word for word in words if not is_session_name(word)]
+    words = [word for word in words if len(word) > 1] or words  # initials count only on their own
+    is_date = re.fullmatch(r"[12]\d{7}", header["PatientBirthDate"]) is not None
+    is_placeholder = header["PatientBirthDate"] in ("19000101", "11111111", "18000101", "18500101")
+    birth_date = header["PatientBirthDate"] if is_date and not is_placeholder else ""
+    sex, study_date = header["PatientSex"].upper(), header["StudyDate"].replace(".", "")
+    has_date = re.fullmatch(r"\d{8}", study_date) is not None and study_date >= _FIRST_DATE
+    return _Person(
+        study_date=study_date if has_date else "",
+        name=() if _REPEATED_CHARACTER.fullmatch("".join(words)) else tuple(words),
+        birth_date=birth_date,
+        age=header["PatientAge"].upper() if _age_years(header["PatientAge"]) else "",
+        sex=sex if sex in ("F", "M") else "",
+    )
+
+
+def _require_one_person_per_id(persons: dict[str, set[_Person]]) -> None:
+    """Refuse a PatientID whose headers differ in name, birth date or sex, or whose ages fall with time.
+
+    PatientIDs that differ in capital letters only are refused too.
+    """
+    if len({patient.casefold() for patient in persons}) < len(persons):
+        remedy = "Write one PatientID for each person into the headers, or convert the series and write a manifest"
+        raise CohortError("two PatientIDs differ in capital letters only", remedy=remedy)
+    for known in persons.values():
+        pairs = [sorted(pair) for pair in combinations(known, 2)]
+        for what, contradicts in _CONTRADICTIONS.items():
+            if any(contradicts(first, second) for first, second in pairs):
+                raise CohortError(
+                    f"the headers of one PatientID contradict each other: {what}",
+                    got=f"{len(known)} different headers",
+                    expected="one person for each PatientID",
+                    remedy="If it is one person (a changed surname, a typing error), write one PatientName, "
+                    "PatientBirthDate and PatientSex into the headers, or convert the series and write a manifest; "
+                    "otherwise give each person a PatientID",
+                )
+
+
+def _names_contradict(first: _Person, second: _Person) -> bool:
+    """Whether neither name has all words of the other. A changed surname passes if the birth date is the same.
+
+    >>> doe = _Person("", ("doe", "jane"), "19750101", "", "")
+    >>> others = [doe._replace(name=("jane", "doe", "mary")), doe._replace(name=("roe", "jane"))]
+    >>> [_names_contradict(doe, other) for other in (*others, others[1]._replace(birth_date=""))]
+    [False, False, True]
+    """
+    one, two = set(first.name), set(second.name)
+    if not one or not two or one <= two or two <= one or "".join(first.name) == "".join(second.name):
+        return False
+    return not (one & two and first.birth_date and first.birth_date == second.birth_date)
+
+
+def _birth_dates_contradict(first: _Person, second: _Person) -> bool:
+    """Whether two birth dates differ; the first of January may stand for the year."""
+    dates = {first.birth_date, second.birth_date} - {""}
+    same_year = len({date[:4] for date in dates}) == 1
+    return len(dates) == 2 and not (same_year and any(date.endswith("0101") for date in dates))
+
+
+def _ages_contradict(first: _Person, second: _Person) -> bool:
+    """Whether the age falls from the first to the second study, or rises by more than two years too many."""
+    if not (first.age and second.age and first.study_date and second.study_date):
+        return False
+    unit = max(_YEARS_PER_UNIT[first.age[-1]], _YEARS_PER_UNIT[second.age[-1]])
+    before, after = (math.floor((_age_years(one.age) or 0) / unit + 1e-6) for one in (first, second))
+    if first.study_date == second.study_date:
+        return abs(after - before) * unit > 1
+    years = int(second.study_date[:4]) - int(first.study_date[:4])
+    return after < before or (after - before) * unit > years + 2
+
+
+_CONTRADICTIONS = {
+    "different names": _names_contradict,
+    "different birth dates": _birth_dates_contradict,
+    "ages that do not fit the study dates": _ages_contradict,
+    "both sexes": lambda first, second: bool(first.sex and second.sex and first.sex != second.sex),
+}
 
 
 def _assign_subjects(series: list[Series]) -> None:

@@ -1,4 +1,4 @@
-"""The files of a source, and parsing of free-form names into contrast, label map, subject and session.
+"""The files of a source, and parsing of free-form names into contrast, label map and identifier.
 
 ``BraTS-GLI-00000-001-t1c.nii.gz`` is a T1ce of the subject ``BraTS-GLI-00000`` in the session ``001``.
 """
@@ -8,17 +8,27 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePath
 
-from brainfound.contrasts import CONTRASTS, UNKNOWN, contrast_from_filename, parse_contrast
-from brainfound.errors import CohortError, UsageError
+from brainfound.contrasts import UNKNOWN
+from brainfound.data.reading.archives import fetch_remedy
+from brainfound.data.sources.words import (
+    NO_CONTRAST,
+    Reading,
+    find_words,
+    is_contrast_word,
+    read_bids_name,
+    read_file_name,
+)
+from brainfound.errors import CohortError
 
 UnusedFiles = list[tuple[Path, str]]
 """Files that are not scans of the cohort, each with the reason."""
 
-IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz")
+IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".img", ".img.gz")
+"""The voxels of a pair (``.img``) stand for it; its ``.hdr`` lies beside them."""
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 BROKEN_LINK = "a link whose target is not there (download the file first)"
 MAX_B0_S_PER_MM2 = 5
@@ -26,10 +36,53 @@ MAX_B0_S_PER_MM2 = 5
 
 _MAX_FILES_SEARCHED = 20_000
 _SEPARATORS = r"[_\-. ]+"
-_LABEL_WORDS = {"seg", "segm", "segmentation", "mask", "masks", "label", "labels", "gt", "roi", "dseg", "brainmask"}
-_LESION_WORDS = {"lesion", "lesions"}
+_LABEL_WORDS = {
+    *(
+        "seg",
+        "segm",
+        "segmentation",
+        "mask",
+        "masks",
+        "msk",
+        "label",
+        "labels",
+        "labelmap",
+        "gt",
+        "roi",
+        "dseg",
+        "pveseg",
+    ),
+    *("brainmask", "parcellation", "annotation", "gtv"),
+}
+_LESION_WORDS = {
+    *(
+        "lesion",
+        "lesions",
+        "tumor",
+        "tumors",
+        "tumour",
+        "tumours",
+        "wmh",
+        "stroke",
+        "infarct",
+        "infarction",
+        "metastases",
+    )
+}
+_BRAIN_WORDS = {"brain", "bet", "hdbet", "synthstrip", "skullstrip", "stripped", "skullstripped", "head"}
+_PARCELLATIONS = {"aseg", "aparc", "wmparc", "synthseg", "pveseg", "firstseg", "fastseg"}
+_TISSUES = {
+    **dict.fromkeys(("gm", "grey", "gray", "greymatter", "graymatter"), "gm"),
+    **dict.fromkeys(("wm", "white", "whitematter"), "wm"),
+    **dict.fromkeys(("csf",), "csf"),
+    **dict.fromkeys(("ventricle", "ventricles"), "ventricle"),
+    **dict.fromkeys(("hippocampus", "hippocampi", "hipp"), "hippocampus"),
+    **{name: name for name in ("thalamus", "amygdala", "caudate", "putamen", "cortex", "cerebellum", "brainstem")},
+    **{name: name for name in ("skull", "scalp", "vessel", "vessels", "eyes", "tissue", "matter")},
+}
+"""Words of what a label map shows that is not a lesion, and the first part of its column."""
 _LABEL_QUALIFIERS = {
-    *("consensus", "manual", "automatic", "auto", "expert", "ground", "truth", "final", "tumor", "tumour")
+    *("consensus", "manual", "automatic", "auto", "expert", "ground", "truth", "final", "whole", "core", "bet", "hdbet")
 }
 _PROCESSING_WORDS = {
     *("brain", "stripped", "skullstripped", "ss", "bet", "defaced", "defacing", "reg", "registered"),
@@ -41,31 +94,7 @@ _PROCESSING_WORDS = {
 _REPEAT = re.compile(r"(?:run|r|rep|echo|acq)?\d{1,2}|run|rep|echo")
 _B_VALUE_WORD = re.compile(r"b\d+")
 _B_VALUE_IN_NAME = re.compile(r"(?:^|[_\-. ])b[-_]?(\d+)(?=$|[_\-. ])", re.IGNORECASE)
-_SESSION = (
-    r"(?:(?:ses|session|visit|vis|wave|v|tp|timepoint|time|study|exam|month|mo|m|week|wk|w|year|yr|y|day|d|fu|fup|followup"
-    r"|follow-?up|scan|mr)[_\-]?\d+[a-z]?|baseline|bl|followup|follow-up|fu|preop|postop"
-    r"|(?:19|20)\d{2}[-.]?[01]\d[-.]?[0-3]\d|\d{2}[-.]\d{2}[-.](?:19|20)\d{2})"
-)
-_SHORT_SESSION = re.compile(r"(?:v|m|w|y|d|mr|scan)[_\-]?\d+[a-z]?", re.IGNORECASE)
-_AMBIGUOUS_CONTRASTS = {"pd", "md", "fl"}
-"""Words that mean a contrast only after a subject's number: ``PD_001`` is from a study of Parkinson's disease."""
-_NO_CONTRAST = "xx"
-_IDENTIFIER_FORMS = tuple(
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        r"(?P<subject>BraTS-[A-Z]+-\d+)-(?P<session>\d{3})",
-        r"(?P<subject>BraTS(?:20)?\d\d_.+)",
-        r"(?P<subject>IXI\d{3})-(?P<site>Guys|HH|IOP)-\d{4}",
-        r"(?P<subject>UPENN-GBM-\d{5})_(?P<session>\d{2})",
-        r"(?P<subject>UCSF-PDGM-\d{3,5})(?:_(?P<session>FU[A-Z0-9]+))?(?:_nifti)?",
-        r"(?P<subject>OAS[12]_\d{4})_(?P<session>MR\d+)",
-        r"(?P<subject>OAS[34]\d{4})_(?:[A-Z]+_)?(?P<session>d\d{4})",
-        r"(?:ADNI_)?(?P<subject>\d{3}_S_\d{4})(?:_(?P<session>.+))?",
-        r"(?P<subject>sub-[A-Z0-9]+)(?:_ses-(?P<session>[A-Z0-9]+))?(?:_.*)?",
-        rf"(?P<subject>.+?)[_\-. ](?P<session>{_SESSION})",
-    )
-)
-"""Identifiers of public data sets and, last, any name that ends with a session. Each must match in full."""
+_BIDS_NAME = re.compile(r"sub-[A-Za-z0-9+]+(?:_[a-z]+-[A-Za-z0-9.+]+)*_[A-Za-z0-9]+")
 
 
 # Files and paths
@@ -122,9 +151,18 @@ def iter_images(folder: Path, unused: UnusedFiles, *, without: Iterable[Path] = 
     """The images among `iter_files`. A broken link (a file that was not downloaded) goes into ``unused``."""
     for file in iter_files(folder, unused, without=without):
         if is_image(file) and file.is_file():
-            yield file
+            if file.name.lower().endswith((".img", ".img.gz")) and not _has_header(file):
+                unused.append((file, "an .img without its .hdr"))
+            else:
+                yield file
         elif is_image(file):
-            unused.append((file, BROKEN_LINK))
+            remedy = fetch_remedy(file)
+            unused.append((file, f"{BROKEN_LINK}. {remedy}" if remedy else BROKEN_LINK))
+
+
+def _has_header(file: Path) -> bool:
+    """Whether the header of a pair lies beside its voxels."""
+    return any((file.parent / f"{stem(file)}{ending}").is_file() for ending in (".hdr", ".HDR", ".hdr.gz"))
 
 
 def contains_image(folders: Iterable[Path]) -> bool:
@@ -181,35 +219,35 @@ class FileName:
     """The parts of a file name."""
 
     contrast: str
+    reason: str
+    """Why the contrast is unknown."""
     label_column: str | None
-    """The cohort column of a label map (``mask``, ``brain_mask``, ``deface_mask``, ``dseg``); None for a scan."""
+    """The cohort column of a label map (``mask``, ``brain_mask``, ``gm_mask``, ``dseg``, …); None for a scan."""
+    is_silent: bool
+    """Whether the name says nothing of the contrast: neither one, nor doubt, nor that it is no scan."""
     identifier: str
     """The name without contrast, processing words and repeat numbers."""
     order: tuple
     """Sort key: of several scans of one contrast, the one with the fewest additional words comes first."""
 
 
-@dataclass(frozen=True)
-class SubjectIdentity:
-    """The subject and the session that an identifier names."""
+def read_scan_name(path: PurePath) -> Reading:
+    """The contrast that a file name states: a BIDS name by its suffix and entities, any other name by its words.
 
-    subject: str
-    session: str | None
-    site: str | None
-    certain: bool
-    """Whether the identifier has a known form."""
-
-
-def scan_contrast_from_filename(path: PurePath) -> str:
-    """As `contrast_from_filename`, but ``unknown`` for a diffusion scan with b ≤ 5 in its name.
-
-    >>> [scan_contrast_from_filename(PurePath(name)) for name in ("dwi_b0.nii.gz", "dwi_b1000.nii.gz")]
-    ['unknown', 'DWI']
+    >>> names = ("sub-1_space-T1w_FLAIR.nii.gz", "p1_t1c.nii", "dwi_b0.nii")
+    >>> [read_scan_name(PurePath(name)).contrast for name in names]
+    ['FLAIR', 'T1ce', 'unknown']
     """
-    contrast = contrast_from_filename(path)
-    b_value = _B_VALUE_IN_NAME.search(stem(path))
-    is_b0 = b_value is not None and int(b_value.group(1)) <= MAX_B0_S_PER_MM2
-    return UNKNOWN if contrast == "DWI" and is_b0 else contrast
+    name = stem(path)
+    if _BIDS_NAME.fullmatch(name):
+        *entities, suffix = name.split("_")
+        reading = read_bids_name(dict(entity.split("-", 1) for entity in entities), suffix)
+    else:
+        reading = read_file_name([word for word, _, _ in find_words(name)])
+    b_value = _B_VALUE_IN_NAME.search(name)
+    if reading.contrast == "DWI" and b_value is not None and int(b_value.group(1)) <= MAX_B0_S_PER_MM2:
+        return replace(reading, contrast=UNKNOWN, reason="a b0 image, not diffusion-weighted")
+    return reading
 
 
 def parse_filename(path: PurePath) -> FileName:
@@ -221,59 +259,62 @@ def parse_filename(path: PurePath) -> FileName:
     'unknown'
     """
     name = stem(path)
-    words = [(match.group(), match.start(), match.end()) for match in re.finditer(r"[^_\-. ]+", name)]
+    words = find_words(name)
     lower = [word.lower() for word, _, _ in words]
-    ambiguous = {i for i in range(len(lower)) if _is_ambiguous(lower, i)}
-    first, last = _find_contrast_words([_NO_CONTRAST if i in ambiguous else word for i, word in enumerate(lower)])
-    rest = PurePath("_".join(word for i, (word, _, _) in enumerate(words) if i not in ambiguous)) if ambiguous else path
-    contrast = scan_contrast_from_filename(rest) if first < last else UNKNOWN
-    column = _label_column(lower, last if first < last else None)
-    dropped = set(range(first, last)) | {i for i in range(last, len(lower)) if _B_VALUE_WORD.fullmatch(lower[i])}
+    reading = read_scan_name(path)
+    used = read_file_name(lower).used
+    first, last = (min(used), max(used) + 1) if used else (len(lower), len(lower))
+    column, rank = _label_column(lower, last if used else None, path)
+    dropped = set(used) | {i for i in range(last, len(lower)) if _B_VALUE_WORD.fullmatch(lower[i])}
     if column:
-        contrast = UNKNOWN
+        reading = Reading(UNKNOWN, f"a label map ({column})")
         dropped |= {i for i, word in enumerate(lower) if word in _LABEL_WORDS | _LESION_WORDS | _LABEL_QUALIFIERS}
-    processing = {i for i, word in enumerate(lower) if word in _PROCESSING_WORDS}
+        dropped |= {i for i, word in enumerate(lower) if word in _TISSUES}
+    processing = {i for i, word in enumerate(lower) if word in _PROCESSING_WORDS} - dropped
     # A number after the contrast counts repeats (p1_T1_2), unless only it can name the subject (study_T1_01).
     has_number = any(re.search(r"\d", word) for i, word in enumerate(lower[:first]) if i not in dropped)
     repeats = {i for i in range(last, len(words)) if has_number and _REPEAT.fullmatch(lower[i])}
     kept = [i for i in range(len(words)) if i not in dropped | processing | repeats]
-    num_additional = len(processing) + len(repeats)
-    return FileName(contrast, column, _join_words(name, words, kept), (num_additional, natural_sort_key(name)))
+    num_additional = len(processing) + len(repeats) + len(used)
+    order = (rank, num_additional, natural_sort_key(name))
+    silent = reading.reason == NO_CONTRAST
+    return FileName(reading.contrast, reading.reason, column, silent, _join_words(name, words, kept), order)
 
 
-def _find_contrast_words(lower: list[str]) -> tuple[int, int]:
-    """Index range of the words that name the contrast: pairs before single words, later ones before earlier ones."""
-    for width in (2, 1):
-        for end in range(len(lower), width - 1, -1):
-            if _is_contrast("".join(lower[end - width : end])):
-                return end - width, end
-    return len(lower), len(lower)
-
-
-def _is_ambiguous(lower: list[str], i: int) -> bool:
-    before = (re.search(r"\d", word) and not _is_contrast(word) for word in lower[:i])
-    alone = all(word in _PROCESSING_WORDS | _LABEL_WORDS for word in [*lower[:i], *lower[i + 1 :]])
-    return lower[i] in _AMBIGUOUS_CONTRASTS and not alone and not any(before)
-
-
-def _is_contrast(word: str) -> bool:
-    try:
-        return word != "scan" and parse_contrast(word) in CONTRASTS and parse_contrast(word) != UNKNOWN
-    except UsageError:
-        return False
-
-
-def _label_column(lower: list[str], after_contrast: int | None) -> str | None:
+def _label_column(lower: list[str], after_contrast: int | None, path: PurePath) -> tuple[str | None, int]:
+    """The column of a label map, and its rank: maps of lesions and tumours come first; None for a scan."""
+    words = set(lower) | ({part for word in lower for part in word.split("+")})
+    if words & _PARCELLATIONS:
+        return "dseg", 0
+    if "brainmask" in words and path.name.lower().endswith((".mgz", ".mgh")):  # FreeSurfer's stripped image
+        return None, 0
     labels = [i for i, word in enumerate(lower) if word in _LABEL_WORDS]
     lesions = [i for i, word in enumerate(lower) if word in _LESION_WORDS]
     # "lesion_001_T1" is a scan of a lesion study; "001_T1_lesion" and "lesions" are label maps.
     if not labels and not any(after_contrast is None or i >= after_contrast for i in lesions):
-        return None
-    if "brainmask" in lower or ("brain" in lower and labels):
-        return "brain_mask"
-    if {"deface", "defaced", "defacing", "face", "anon", "anonymization"} & set(lower):
-        return "deface_mask"
-    return "dseg" if "dseg" in lower else "mask"
+        return None, 0
+    if "dseg" in words:
+        return "dseg", 0
+    if lesions:
+        return "mask", 0
+    if {"brain", "seg"} <= words:  # FSL's FAST: classes of tissue within the brain
+        return "dseg", 0
+    if "brainmask" in words or words & _BRAIN_WORDS:
+        return "brain_mask", 0
+    if {"deface", "defaced", "defacing", "face", "anon", "anonymization"} & words:
+        return "deface_mask", 0
+    tissue = next((_TISSUES[word] for word in lower if word in _TISSUES), None)
+    return (f"{tissue}_mask", 0) if tissue else ("mask", 1)
+
+
+def describe_label_map(path: PurePath) -> str:
+    """The words of a name that say what a label map shows.
+
+    >>> describe_label_map(PurePath("p1_lesion_mask.nii.gz"))
+    'lesion mask'
+    """
+    known = _LABEL_WORDS | _LESION_WORDS | _LABEL_QUALIFIERS | _BRAIN_WORDS | _PARCELLATIONS | _TISSUES.keys()
+    return " ".join(word for word in re.split(r"[_\-. +]+", stem(path).lower()) if word in known)
 
 
 def _join_words(name: str, words: list[tuple[str, int, int]], kept: list[int]) -> str:
@@ -285,45 +326,9 @@ def _join_words(name: str, words: list[tuple[str, int, int]], kept: list[int]) -
     return text
 
 
-def parse_identifier(identifier: str) -> SubjectIdentity:
-    """Subject, session and site of an identifier; if it has no known form, all of it is the subject.
-
-    >>> parse_identifier("IXI002-Guys-0828")
-    SubjectIdentity(subject='IXI002', session=None, site='Guys', certain=True)
-    >>> parse_identifier("patient1_v2").session
-    'v2'
-    """
-    for form in _IDENTIFIER_FORMS:
-        match = form.fullmatch(identifier)
-        if match and not (form is _IDENTIFIER_FORMS[-1] and could_be_subject(match["session"], match["subject"])):
-            parts = match.groupdict()
-            return SubjectIdentity(parts["subject"], parts.get("session"), parts.get("site"), certain=True)
-    return SubjectIdentity(identifier, None, None, certain=False)
-
-
-def is_session_name(text: str) -> bool:
-    """Whether the whole text names a session: ``ses-1``, ``baseline``, ``2019-03-01``."""
-    return re.fullmatch(_SESSION, text, re.IGNORECASE) is not None
-
-
-def could_be_subject(session: str, before: str) -> bool:
-    """Whether a short session word may also name a subject: ``HC_m01`` may be a man, ``p1_m01`` is a month.
-
-    >>> could_be_subject("m01", "HC"), could_be_subject("m01", "p1"), could_be_subject("visit1", "HC")
-    (True, False, False)
-    """
-    return _SHORT_SESSION.fullmatch(session) is not None and not re.search(r"\d", before)
-
-
-def prefix_before_session(identifier: str) -> str | None:
-    """``HC`` of ``HC_m01``, whose ending may name a session or a subject; None for other identifiers."""
-    match = re.fullmatch(rf"(.+?)[_\-. ]{_SHORT_SESSION.pattern}", identifier, re.IGNORECASE)
-    return match.group(1) if match and not re.search(r"\d", match.group(1)) else None
-
-
 def is_contrast_name(text: str) -> bool:
     """Whether the whole text names a contrast."""
-    return _is_contrast(re.sub(_SEPARATORS, "", text.lower()))
+    return is_contrast_word(re.sub(_SEPARATORS, "", text.lower()))
 
 
 def split_words(text: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from brainfound.data.sources.file_names import (
     iter_images,
     natural_sort_key,
     parse_filename,
-    scan_contrast_from_filename,
+    read_scan_name,
     stem,
     subfolders,
 )
@@ -135,7 +135,7 @@ def _contrast(file: Path) -> tuple[str, str]:
     if contrast == UNKNOWN and parse_filename(file).label_column:
         return UNKNOWN, "a label map"
     if contrast == UNKNOWN:
-        contrast = scan_contrast_from_filename(file) if "-" not in file.name else UNKNOWN
+        contrast = read_scan_name(file).contrast if "-" not in file.name else UNKNOWN
     return (UNKNOWN if contrast == "DWI" and _is_b0(file) else contrast), ""
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from brainfound.data.sources.covariates import clean_covariates
 from brainfound.data.sources.file_names import (
     SubjectNamer,
     UnusedFiles,
@@ -22,17 +23,17 @@ from brainfound.data.sources.file_names import (
     iter_images,
     natural_sort_key,
     parse_filename,
+    read_scan_name,
     safe_join,
-    scan_contrast_from_filename,
     subfolders,
 )
 from brainfound.data.sources.tables import (
     LabelMapRow,
     SourceLayout,
     SourceTable,
+    contradictions,
     join,
     join_label_maps,
-    parse_ages,
     read_table,
     sort_by_session,
     strip_session_prefix,
@@ -61,7 +62,7 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     if table.empty:
         expected = "sub_<N>/ses_<M>/*.nii.gz"
         raise CohortError("no images found", where=path.name, expected=expected, remedy="Unpack the release here")
-    columns = join_label_maps(table, label_maps, unused)
+    columns = join_label_maps(table, label_maps, unused, notes)
     return SourceTable(table, root, LAYOUT.name, columns, notes, unused)
 
 
@@ -115,7 +116,7 @@ def _add_images(
         if column:
             label_maps.append((column, (subject, session), file))
         else:
-            contrast = scan_contrast_from_filename(file)
+            contrast = read_scan_name(file).contrast
             rows.append({"subject": subject, "session": session, "contrast": contrast, "path": str(file), **facts})
 
 
@@ -173,7 +174,6 @@ def join_participants(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.D
         what = "participants.tsv has no columns 'dataset' and 'participant_id'"
         remedy = "Get the file of the release again"
         raise CohortError(what, where=file.name, got=", ".join(map(str, facts.columns[:12])), remedy=remedy)
-    facts = parse_ages(facts, file, notes)
     by_session = "session" in facts and facts["session"].notna().any()
     return join_by_names(table, facts, ("session",) if by_session else (), file, notes)
 
@@ -185,13 +185,15 @@ def join_by_names(
 
     Contradictory rows for one key are not used, since there is no telling which is right.
     """
+    facts = clean_covariates(facts, file.name, notes)
     facts = facts.rename(columns={"dataset": "_dataset", "subject": "_participant", "session": "_session"})
     keys = ["_dataset", "_participant", *("_session" if column == "session" else column for column in other_keys)]
     if "_session" in keys:
         facts["_session"] = strip_session_prefix(facts["_session"])
         table["_session"] = [name.removeprefix("ses-") for name in table["session"]]
-    facts = facts.drop_duplicates()
-    contradictory = facts.duplicated(subset=keys, keep=False)
+    facts = facts.drop_duplicates().dropna(subset=keys)
+    differs = contradictions(facts, keys, [column for column in facts.columns if column not in keys]).any(axis=1)
+    contradictory = differs.groupby([facts[key] for key in keys], sort=False).transform("any")
     if contradictory.any():
         notes.append(f"{contradictory.sum()} rows of {file.name} are not used: they contradict each other")
         facts = facts[~contradictory]

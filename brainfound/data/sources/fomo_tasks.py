@@ -14,13 +14,8 @@ from typing import Any
 import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
-from brainfound.data.sources.file_names import (
-    UnusedFiles,
-    iter_images,
-    parse_filename,
-    scan_contrast_from_filename,
-    subfolders,
-)
+from brainfound.data.sources.covariates import clean_covariates
+from brainfound.data.sources.file_names import UnusedFiles, iter_images, parse_filename, read_scan_name, subfolders
 from brainfound.data.sources.tables import SourceLayout, SourceTable
 from brainfound.errors import CohortError
 
@@ -69,6 +64,7 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
         table["label"] = table["label"].astype(int if are_integers else float)
     source = f"{LAYOUT.name} {_task_number(tasks[0])}".strip() if len(tasks) == 1 else f"{LAYOUT.name}s"
     notes = [f"{num_unlabelled} sessions have no label"] if num_unlabelled else []
+    table = clean_covariates(table, "labels", notes)
     return SourceTable(table, path, source, notes=notes, unused=unused)
 
 
@@ -108,7 +104,7 @@ def _scans(session: Path, unused: UnusedFiles) -> list[dict[str, Any]]:
     for file in iter_images(session, unused):
         if file.name in _SEGMENTATIONS:
             continue
-        contrast = scan_contrast_from_filename(file)
+        contrast = read_scan_name(file).contrast
         if parse_filename(file).label_column:
             unused.append((file, "a label map that is not named seg.nii.gz"))
         elif contrast == UNKNOWN:

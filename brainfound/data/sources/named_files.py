@@ -7,8 +7,9 @@ test, so every ambiguity is an error that asks for a manifest.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,38 +20,47 @@ from brainfound.data.sources.dicom_series import is_dicom
 from brainfound.data.sources.file_names import (
     DICOM_SUFFIXES,
     FileName,
-    SubjectIdentity,
     UnusedFiles,
-    could_be_subject,
     is_contrast_name,
-    is_session_name,
     iter_files,
     iter_images,
     natural_sort_key,
     parse_filename,
-    parse_identifier,
-    prefix_before_session,
     split_words,
+    stem,
+)
+from brainfound.data.sources.identifiers import (
+    SubjectIdentity,
+    could_be_subject,
+    has_number,
+    is_group,
+    is_session_name,
+    keep_words,
+    leading_protocol,
+    parse_identifier,
+    person_words,
+    spelling,
+    subject_number_words,
 )
 from brainfound.data.sources.tables import LabelMapRow, SourceLayout, SourceTable, join_label_maps, sort_by_session
+from brainfound.data.sources.words import IN_DOUBT
 from brainfound.errors import CohortError
 
 _SKIPPED_FOLDERS = {
-    *("anat", "brains", "data", "dataset", "derivatives", "dicom", "gz", "hgg", "images"),
-    *("imagestr", "imagests", "img", "lgg", "label", "labels", "labelstr", "labelsts", "mask"),
-    *("masks", "mr", "mri", "nifti", "niftis", "nii", "raw", "scans", "seg"),
-    *("segmentations", "test", "testing", "train", "training", "val", "validation"),
+    *("anat", "brains", "data", "dataset", "derivatives", "dicom", "gz", "hgg", "images", "imagestr"),
+    *("imagests", "img", "lgg", "label", "labels", "labelstr", "labelsts", "mask", "masks", "mr", "mri"),
+    *("nifti", "niftis", "nii", "raw", "scans", "seg", "segmentations", "fast", "first", "sienax", "vbm"),
+    *("transforms", "lesions", "test", "testing", "train", "training", "val", "validation"),
 }
 """Folders that never name a subject; folders named after a contrast do not either."""
 _LABEL_FOLDERS = {"label", "labels", "labelstr", "labelsts", "mask", "masks", "seg", "segmentations"}
+_PROTOCOL_OPTION = re.compile(r"[pe]\d")
+"""Acceleration and echo: ``p2`` after a contrast, where it is no subject."""
 _SPLITS = {
     **dict.fromkeys(("train", "training", "imagestr", "labelstr"), "train"),
     **dict.fromkeys(("test", "testing", "imagests", "labelsts"), "test"),
     **dict.fromkeys(("val", "validation"), "val"),
 }
-_GROUP = re.compile(
-    r"(?:site|cent(?:er|re)|hospital|scanner|group|batch|cohort|part|fold|set)[_\-]?(?:\d+|[a-z])?", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,8 @@ class _File:
     folders: tuple[str, ...]
     """Folders that may name the subject and the session."""
     name: FileName
+    identity: SubjectIdentity
+    """The subject that the file's name gives."""
 
     @property
     def is_scan(self) -> bool:
@@ -68,8 +80,8 @@ class _File:
 
 
 def can_read(path: Path) -> bool:
-    """Whether a folder has an image with a contrast in its name."""
-    return path.is_dir() and any(parse_filename(file).contrast != UNKNOWN for file in iter_images(path, []))
+    """Whether a folder has an image whose name states a contrast, or leaves doubt about it."""
+    return path.is_dir() and any(_says_contrast(parse_filename(file)) for file in iter_images(path, []))
 
 
 def read(path: Path, work: Path | None = None) -> SourceTable:
@@ -79,9 +91,13 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     for image in iter_images(path, unused):
         file = _describe(path, image)
         if file.is_scan and file.name.contrast == UNKNOWN:
-            unused.append((image, "no known contrast in the name"))
+            unused.append((image, file.name.reason))
         else:
             files.append(file)
+    if not any(file.is_scan for file in files):
+        reason = next(reason for file, reason in unused if _says_contrast(parse_filename(file)))
+        remedy = "Write a manifest with the columns subject, session, contrast, path"
+        raise CohortError("no name states the contrast of its image", where=path.name, got=reason, remedy=remedy)
     # DICOM files often have no suffix or a numeric one (1.2.840.113); other files need not be opened.
     maybe_dicom = (
         file
@@ -89,9 +105,7 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
         if re.fullmatch(r"(?:\.\d*)?", file.suffix) or file.suffix.lower() in DICOM_SUFFIXES
     )
     unused += [(file, "DICOM beside images is not read") for file in maybe_dicom if is_dicom(file)]
-    identified = list(zip(files, _identify_subjects(path, files), strict=True))
-    _require_unique_scans(identified)
-    _require_unambiguous([subject for file, subject in identified if file.is_scan])
+    identified = _identify_subjects(path, files)
     rows: list[dict[str, Any]] = []
     label_maps: list[LabelMapRow] = []
     for file, subject in sorted(identified, key=lambda pair: (pair[0].name.order, natural_sort_key(pair[0].path))):
@@ -103,14 +117,20 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
             label_maps.append((file.name.label_column, key, file.path))
     sort_by_session(rows, lambda file: parse_filename(file).order)
     table = pd.DataFrame(rows)
-    columns = join_label_maps(table, label_maps, unused)
-    notes = ["subjects and visits were read from names; write a manifest if that is wrong"]
+    doubts = Counter(reason for _, reason in unused if reason.startswith(IN_DOUBT))
+    notes = [f"{count} images are not used, {reason}; a manifest can say it" for reason, count in doubts.items()]
+    columns = join_label_maps(table, label_maps, unused, notes)
+    notes += ["subjects and visits were read from names; write a manifest if that is wrong"]
     return SourceTable(table, path, LAYOUT.name, columns, notes, unused)
 
 
 LAYOUT = SourceLayout(
     "files by name", "images whose names say the contrast (p1_T1.nii.gz, p1/flair.nii.gz)", can_read, read
 )
+
+
+def _says_contrast(name: FileName) -> bool:
+    return name.label_column is None and not name.is_silent
 
 
 def _describe(root: Path, image: Path) -> _File:
@@ -120,45 +140,74 @@ def _describe(root: Path, image: Path) -> _File:
         name = replace(name, contrast=UNKNOWN, label_column="mask")
     folders = tuple(part for part in parts if not _is_skipped_folder(part))
     outer = parts[: parts.index(folders[0])] if folders else parts
-    if folders and re.fullmatch(r"\d{1,2}", name.identifier):  # a repeat number: p1/T1_2.nii.gz
+    in_subject = bool(folders) and parse_identifier(folders[-1]).subject != ""
+    if in_subject and re.fullmatch(r"\d{1,2}", name.identifier):  # a repeat number: p1/T1_2.nii.gz
         name = replace(name, identifier="")
-    return _File(image, outer, folders, name)
+    identity = parse_identifier(name.identifier)
+    if not identity.certain:
+        identity = _without_words_after_contrast(identity, image)
+    return _File(image, outer, folders, name, identity)
 
 
 def _is_skipped_folder(folder: str) -> bool:
-    return folder.lower() in _SKIPPED_FOLDERS or is_contrast_name(folder)
+    return is_contrast_name(folder) or all(
+        word in _SKIPPED_FOLDERS or is_contrast_name(word) for word in split_words(folder)
+    )
 
 
-def _identify_subjects(root: Path, files: list[_File]) -> list[SubjectIdentity]:
+def _without_words_after_contrast(identity: SubjectIdentity, image: Path) -> SubjectIdentity:
+    """After a subject's number and a contrast, words belong to the protocol: ``p1_t1_xyz`` is ``p1``."""
+    words, remaining = split_words(stem(image)), list(split_words(identity.subject))
+    contrasts = [i for i in range(1, len(words)) if is_contrast_name(words[i]) and has_number("_".join(words[:i]))]
+    after = words[contrasts[0] + 1 :] if contrasts else ()
+    dropped = set()
+    for word in reversed(after):
+        if len(remaining) > 1 and word == remaining[-1]:
+            dropped.add(remaining.pop())
+    if not has_number("_".join(remaining)):
+        return identity
+    # The number of "hc_01" in "7_t1_hc_01", which looks like the number of a repeat, may be a person's.
+    numbers = tuple(b for a, b in pairwise(after) if a in dropped and b.isdecimal() and b not in dropped)
+    identity = _without_words(identity, len(remaining))
+    return replace(identity, words=(*identity.words, *numbers))
+
+
+def _without_words(identity: SubjectIdentity, number: int) -> SubjectIdentity:
+    """The subject's first words only. Other words become `SubjectIdentity.words`; other numbers may be people."""
+    others = split_words(identity.subject)[number:]
+    unknown = tuple(word for word in others if not _PROTOCOL_OPTION.fullmatch(word))
+    if not others or any(re.search(r"\d", word) for word in unknown):
+        return identity
+    return replace(identity, subject=keep_words(identity.subject, number), words=(*identity.words, *unknown))
+
+
+def _identify_subjects(root: Path, files: list[_File]) -> list[tuple[_File, SubjectIdentity]]:
+    """The subject and the session of each file; CohortError if one person may be two subjects, or two people one."""
     depths = {len(file.folders) for file in files}
     if len(depths) > 1:
         _refuse("the images lie at different depths", " and ".join(f"{depth} folders down" for depth in sorted(depths)))
-    if depths == {0}:
-        return _subjects_from_names(root, files)
-    if depths == {1}:
-        return _subjects_from_folders(files)
-    if depths == {2}:
-        return [_subject_from_two_folders(file) for file in files]
-    _refuse("the images lie too deep", f"{'/'.join(files[0].folders)}/")
+    if max(depths, default=0) > 2:
+        _refuse("the images lie too deep", f"{'/'.join(files[0].folders)}/")
+    readers = {0: _subjects_from_names, 1: _subjects_from_folders, 2: _subjects_from_two_folders}
+    identified = list(zip(files, readers[max(depths, default=0)](root, files), strict=True))
+    _require_unique_scans(identified)
+    _require_unambiguous(identified)
+    return identified
 
 
 def _subjects_from_names(root: Path, files: list[_File]) -> list[SubjectIdentity]:
-    empty = [not file.name.identifier for file in files]
-    if all(empty):  # t1.nii.gz, flair.nii.gz: the folder is the subject
-        return [_subject_from_root(root.resolve())] * len(files)
-    if any(empty):
+    empty = [not file.identity.subject for file in files]
+    visits = [not file.identity.subject and file.identity.session is not None for file in files]
+    if any(visits) and not all(visits):
+        _refuse("some names say a subject and others a visit only", files[visits.index(True)].path.name)
+    if any(empty) and not all(empty):
         _refuse("some names say a subject and others none", files[empty.index(True)].path.name)
-    sessions = [
-        is_session_name(file.name.identifier) and not could_be_subject(file.name.identifier, "") for file in files
-    ]
-    if any(sessions):  # ses-1_T1.nii.gz, ses-2_T1.nii.gz
-        if not all(sessions):
-            _refuse("some names say a subject and others a visit only", files[sessions.index(True)].path.name)
-        subject = _subject_from_root(root.resolve())
-        if subject.session or not re.search(r"\d", subject.subject):
-            _refuse("the names say visits, and the folder no subject", root.resolve().name)
-        return [replace(subject, session=file.name.identifier) for file in files]
-    return [parse_identifier(file.name.identifier) for file in files]
+    if not all(empty):
+        return [file.identity for file in files]
+    subject = _subject_from_root(root.resolve())  # t1.nii.gz, flair.nii.gz: the folder is the subject
+    if any(visits) and (subject.session or not has_number(subject.subject)):  # ses-1_T1.nii.gz, ses-2_T1.nii.gz
+        _refuse("the names say visits, and the folder no subject", root.resolve().name)
+    return [replace(subject, session=file.identity.session or subject.session) for file in files]
 
 
 def _subject_from_root(root: Path) -> SubjectIdentity:
@@ -171,87 +220,158 @@ def _subject_from_root(root: Path) -> SubjectIdentity:
             if folder != root and not re.search(r"\d", folder.name):
                 break
             subject = parse_identifier(folder.name)
-            return replace(subject, session=session or subject.session)
+            return replace(subject, subject=subject.subject or folder.name, session=session or subject.session)
     _refuse("the files and their folder name no subject", root.name)
 
 
-def _subjects_from_folders(files: list[_File]) -> list[SubjectIdentity]:
+def _subjects_from_folders(root: Path, files: list[_File]) -> list[SubjectIdentity]:
     """Either each folder is a subject, whether or not its files repeat the name, or the files name their subjects."""
-    foreign: dict[str, set[str]] = defaultdict(set)  # identifiers that do not match their folder
+    homes = {file.folders[0]: parse_identifier(file.folders[0]) for file in files}
+    visits = [folder for folder, home in homes.items() if not home.subject]
+    if visits:
+        if len(visits) < len(homes):
+            _refuse("some folders name a visit and others a subject", ", ".join(f"{folder}/" for folder in visits[:3]))
+        subjects = _subjects_from_names(root, files)
+        return [replace(one, session=file.folders[0]) for one, file in zip(subjects, files, strict=True)]
+    foreign: dict[str, set[str]] = defaultdict(set)  # subjects of names that do not match their folder
     for file in files:
-        if file.is_scan and not _matches_folder(file.name.identifier, file.folders[0]):
-            foreign[file.folders[0]].add(file.name.identifier)
-    by_name = any(len(identifiers) > 1 for identifiers in foreign.values())
+        home = homes[file.folders[0]]
+        if file.is_scan and not _matches_folder(file.identity, home) and not _is_protocol_of(file.identity, home):
+            foreign[file.folders[0]].add(file.identity.subject)
+    by_name = any(len(subjects) > 1 for subjects in foreign.values())
     subject_folders: dict[str, set[str]] = defaultdict(set)
-    for folder, identifiers in foreign.items():
-        for identifier in identifiers:
-            if by_name or re.search(r"\d", identifier):  # a word in every folder (brain_T1) is not a subject
-                subject_folders[parse_identifier(identifier).subject].add(folder)
+    for folder, named in foreign.items():
+        for subject in named:
+            if by_name or re.search(r"\d", subject):  # a word in every folder (brain_T1) is not a subject
+                subject_folders[subject].add(folder)
     for name, folders in subject_folders.items():
         if len(folders) > 1:
             _refuse("files of one name lie in several folders", f"{name!r} in {', '.join(sorted(folders))}")
-    subjects = []
+    if by_name:
+        _require_several_persons(files, foreign)
+    identities = []
     for file in files:
-        folder, identifier = file.folders[0], file.name.identifier
+        folder, own, home = file.folders[0], file.identity, homes[file.folders[0]]
         if by_name:
-            if identifier not in foreign[folder] and file.is_scan:
+            if own.subject not in foreign[folder] and file.is_scan:
                 _refuse("some files are named by their subject and others by their folder", file.path.name)
-            subjects.append(parse_identifier(identifier))
-        elif is_session_name(identifier):
-            if could_be_subject(identifier, "" if _GROUP.fullmatch(folder) else folder):
-                _refuse("the names of files may be visits or subjects", f"{folder}/{file.path.name}")
-            subjects.append(SubjectIdentity(parse_identifier(folder).subject, identifier, None, certain=True))
+            identities.append(own)
+        elif _extends(own, home):
+            is_person = has_number(home.subject) and not own.certain
+            own = _without_words(own, len(split_words(home.subject))) if is_person else own
+            identities.append(replace(own, session=own.session or home.session))
         else:
-            longer = max((folder, identifier if _matches_folder(identifier, folder) else ""), key=len)
-            subjects.append(parse_identifier(longer))
-    return subjects
+            if is_session_name(own.subject) and could_be_subject(own.subject, "" if is_group(folder) else folder):
+                _refuse("the names of files may be visits or subjects", f"{folder}/{file.path.name}")
+            session = own.subject if is_session_name(own.subject) else own.session
+            words = own.words
+            if _is_protocol_of(own, home) and not home.certain:
+                words += split_words(own.subject)
+            identities.append(replace(home, session=session or home.session, words=words))
+    _require_numbers(files, homes)
+    return identities
+
+
+def _extends(own: SubjectIdentity, home: SubjectIdentity) -> bool:
+    """Whether a file's name begins with its folder's, and goes on."""
+    words, folder = split_words(own.subject), split_words(home.subject)
+    return len(words) > len(folder) and words[: len(folder)] == folder
+
+
+def _is_protocol_of(own: SubjectIdentity, home: SubjectIdentity) -> bool:
+    """Whether the words of a name, beside the number of its folder, can only be those of a protocol."""
+    is_person = home.certain or has_number(home.subject)
+    return is_person and not own.certain and not re.search(r"\d", own.subject)
+
+
+def _require_several_persons(files: list[_File], foreign: dict[str, set[str]]) -> None:
+    """Refuse folders whose files may belong to one person: they must be a group, or repeat a contrast by subject."""
+    for folder, subjects in foreign.items():
+        scans = [file for file in files if file.is_scan and file.folders[0] == folder]
+        named = {(file.identity.subject, file.name.contrast) for file in scans}
+        repeated = len(named) > len({contrast for _, contrast in named})
+        certain = all(file.identity.certain for file in scans)
+        is_group_folder = is_group(folder) or (not has_number(folder) and repeated and all(map(has_number, subjects)))
+        if len(subjects) > 1 and not certain and not is_group_folder:
+            _refuse("the names in a folder may be subjects, or series of one", f"{', '.join(sorted(subjects))}")
+
+
+def _require_numbers(files: list[_File], homes: dict[str, SubjectIdentity]) -> None:
+    """Refuse several names without a number in a folder: ``anna/anna_abc`` may be a protocol or a person."""
+    names: dict[str, set[str]] = defaultdict(set)
+    for file in files:
+        home, own = homes[file.folders[0]].subject, file.identity.subject
+        if file.is_scan and not has_number(home) and not is_group(home) and own and not has_number(own):
+            names[home].add(own)
+    for subjects in names.values():
+        if len(subjects) > 1:
+            _refuse("the names in a folder may be subjects, or protocols of one", f"{', '.join(sorted(subjects))}")
+
+
+def _subjects_from_two_folders(root: Path, files: list[_File]) -> list[SubjectIdentity]:
+    identities = [_subject_from_two_folders(file) for file in files]
+    uppers: dict[str, set[str]] = defaultdict(set)
+    for file, identity in zip(files, identities, strict=True):
+        if file.is_scan and is_group(file.folders[0]):
+            uppers[identity.subject].add(file.folders[0])
+    for subject, folders in uppers.items():
+        if len(folders) > 1:
+            _refuse("folders of one name lie in several groups", f"{subject!r} in {', '.join(sorted(folders))}")
+    return identities
 
 
 def _subject_from_two_folders(file: _File) -> SubjectIdentity:
-    """``<subject>/<session>/``, or ``site1/<subject>/`` if the upper folder names a group."""
+    """``<subject>/<session>/``, ``<session>/<subject>/``, or ``site1/<subject>/`` if the upper folder is a group."""
     upper, lower = file.folders
-    above, below = parse_identifier(upper), parse_identifier(lower)
-    identifier = file.name.identifier
-    is_group, is_session = _GROUP.fullmatch(upper) is not None, is_session_name(lower)
-    if not (_matches_folder(identifier, lower) or _matches_folder(identifier, upper)):
+    above, below, both = (parse_identifier(name) for name in (upper, lower, f"{upper}_{lower}"))
+    is_session = is_session_name(lower) or not below.subject
+    own, homes = file.identity, (above, below)
+    fits = any(_matches_folder(own, home) for home in homes)
+    if not fits and not any(_is_protocol_of(own, home) for home in homes):
         _refuse("a file names another subject than its folders", f"{upper}/{lower}/{file.path.name}")
-    if is_group and not is_session and not lower.isdecimal():
-        return SubjectIdentity(below.subject, below.session, below.site or upper, certain=True)
-    if is_session and could_be_subject(lower, "" if is_group else upper):
+    words = () if fits else split_words(own.subject)
+    if both.certain and both.session and not below.certain:
+        return both
+    if is_group(upper) and not is_session and not lower.isdecimal():
+        return replace(below, session=below.session or own.session, site=below.site or upper, words=words)
+    if is_session and could_be_subject(lower, "" if is_group(upper) else upper):
         _refuse("the folders may be visits or subjects", f"{upper}/{lower}/")
-    if is_session or (lower.isdecimal() and re.search(r"\d", upper) and not is_group):
-        return SubjectIdentity(above.subject, lower, above.site, certain=True)
+    if not above.subject and has_number(below.subject) and not is_session:
+        return replace(below, session=upper, words=words)
+    is_year = re.fullmatch(r"(?:19|20)\d{2}", lower) is not None and not re.fullmatch(r"(?:19|20)\d{2}", upper)
+    if above.subject and (is_session or (is_year and has_number(upper))):
+        return replace(above, session=lower, words=words)
     if below.session and below.subject.lower() in (upper.lower(), above.subject.lower()):
-        return SubjectIdentity(below.subject, below.session, below.site, certain=True)
+        return replace(below, words=words)
     if lower == upper:
         return above
     _refuse("the folders may be visits or subjects", f"{upper}/{lower}/")
 
 
-def _matches_folder(identifier: str, folder: str) -> bool:
-    """Whether an identifier fits its folder: it is empty or a session, or one begins with the words of the other."""
-    name, home = split_words(identifier), split_words(folder)
-    shorter = min(len(name), len(home))
-    return not name or is_session_name(identifier) or name[:shorter] == home[:shorter]
+def _matches_folder(own: SubjectIdentity, home: SubjectIdentity) -> bool:
+    """Whether a name fits its folder: it names no subject, or one of both begins with the words of the other."""
+    words, folder = split_words(own.subject), split_words(home.subject)
+    shorter = min(len(words), len(folder))
+    return not words or is_session_name(own.subject) or (shorter > 0 and words[:shorter] == folder[:shorter])
 
 
-def _require_unambiguous(identities: list[SubjectIdentity]) -> None:
+def _require_unambiguous(identified: list[tuple[_File, SubjectIdentity]]) -> None:
     """Refuse names that may be two subjects or two sessions of one subject."""
+    identities = [identity for file, identity in identified if file.is_scan]
     subjects = sorted({identity.subject for identity in identities}, key=natural_sort_key)
     uncertain = sorted({identity.subject for identity in identities if not identity.certain}, key=natural_sort_key)
     by_letters: dict[str, str] = {}
+    by_spelling: dict[tuple[str | int, ...], str] = {}
     for subject in subjects:
         other = by_letters.setdefault(subject.lower(), subject)
         if other != subject:
             _refuse("two subjects differ in capital letters only", f"{other} and {subject}")
-    by_prefix: dict[str, str] = {}
-    for subject in uncertain:
-        prefix = prefix_before_session(subject)
-        other = subject if prefix is None else by_prefix.setdefault(prefix.lower(), subject)
+        other = by_spelling.setdefault(spelling(subject), subject)
         if other != subject:
-            _refuse("they may be two subjects or two visits of one", f"{other} and {subject}")
+            _refuse("two subjects differ in separators or zeros only", f"{other} and {subject}")
     by_words = {split_words(subject): subject for subject in subjects}
-    by_rest: dict[tuple[str, ...], str] = {}
+    by_number: dict[tuple[str, ...], str] = {}
+    by_person: dict[tuple[str | int, ...], str] = {}
     for subject in uncertain:
         words = split_words(subject)
         if words and words[-1] in ("pre", "post"):
@@ -259,11 +379,62 @@ def _require_unambiguous(identities: list[SubjectIdentity]) -> None:
         for length in range(1, len(words)):
             if words[:length] in by_words:
                 _refuse("one name begins with another", f"{by_words[words[:length]]} and {subject}")
-        rest = words[:-1]  # "p1" of "p1_2": a subject's name with a number, or a group's such as "site1"
-        if rest and re.search(r"\d", words[-1]) and re.search(r"\d$", rest[-1]) and not _GROUP.fullmatch(rest[-1]):
-            other = by_rest.setdefault(rest, subject)
-            if other != subject:
-                _refuse("they may be two subjects or two visits of one", f"{other} and {subject}")
+    for subject in subjects:
+        other = by_person.setdefault(person_words(subject), subject)
+        if other != subject:
+            _refuse("they may be two subjects or two visits of one", f"{other} and {subject}")
+    for subject in uncertain:
+        person, first = person_words(subject), split_words(subject)[:2]
+        for length in range(2, len(person)):
+            if person[:length] in by_person:
+                _refuse("one name begins with another", f"{by_person[person[:length]]} and {subject}")
+        # Two words and a third, none with a number: hc_anna_abc, hc_anna_xyz.
+        is_phrase = len(first) == 2 and not has_number(subject) and len(split_words(subject)) > 2
+        number = first if is_phrase else subject_number_words(subject)
+        other = by_number.setdefault(number, subject) if number else subject
+        if other != subject:
+            _refuse("they may be two subjects or two visits of one", f"{other} and {subject}")
+        if leading_protocol(subject) != leading_protocol(uncertain[0]):
+            _refuse("a protocol before a number may be one subject's", f"{uncertain[0]} and {subject}")
+    _require_shared_contrasts([(file, identity) for file, identity in identified if file.is_scan])
+    by_scan: dict[tuple[str, str | None, str], tuple[str, ...]] = {}  # the words beside the subject's number
+    for file, identity in identified:
+        if file.is_scan:
+            key = (identity.subject, identity.session, file.name.contrast)
+            other_words = by_scan.setdefault(key, identity.words)
+            if other_words != identity.words:
+                got = " and ".join(repr("_".join(found)) for found in (other_words, identity.words))
+                _refuse("words beside a number may name a protocol or a person", f"{got} of {identity.subject}")
+
+
+def _require_shared_contrasts(identified: list[tuple[_File, SubjectIdentity]]) -> None:
+    """Refuse subjects that may be parts of one name (``anna_301_T1``, ``anna_501_flair``, ``T1_abc_01``).
+
+    Subjects of a group have contrasts in common; the scans of one person, named by protocol, have not.
+    """
+    by_word: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    by_tail: dict[tuple[str, ...], SubjectIdentity] = {}
+    for file, identity in identified:
+        first = next(iter(split_words(identity.subject)), "")
+        if not identity.certain and not re.search(r"\d", first):
+            by_word[first][identity.subject].add(file.name.contrast)
+        tail = _number_after_contrast(file, identity)
+        other = by_tail.setdefault(tail, identity) if tail else identity
+        if other.subject != identity.subject and not (other.certain and identity.certain):
+            _refuse("the number after the contrast is the same", f"{other.subject} and {identity.subject}")
+    for subjects in by_word.values():
+        if len(subjects) > 1 and sum(map(len, subjects.values())) == len(set().union(*subjects.values())):
+            _refuse("the names may be subjects, or series of one", " and ".join(subjects))
+
+
+def _number_after_contrast(file: _File, identity: SubjectIdentity) -> tuple[str, ...]:
+    """The subject's words after the contrast, from the last with a number: ``01`` of ``T1_abc_01``."""
+    words = split_words(stem(file.path))
+    contrasts = [i for i, word in enumerate(words) if is_contrast_name(word)]
+    after = words[contrasts[0] + 1 :] if contrasts else ()
+    kept = [word for word in split_words(identity.subject) if word in after]
+    numbered = [i for i, word in enumerate(kept) if re.search(r"\d", word)]
+    return tuple(kept[numbered[-1] :]) if numbered else ()
 
 
 def _require_unique_scans(identified: list[tuple[_File, SubjectIdentity]]) -> None:

@@ -18,14 +18,9 @@ import pandas as pd
 
 from brainfound.contrasts import UNKNOWN, parse_contrast
 from brainfound.data.sources.bids_files import SCANNER_COLUMNS
-from brainfound.data.sources.file_names import (
-    SubjectNamer,
-    UnusedFiles,
-    natural_sort_key,
-    safe_join,
-    scan_contrast_from_filename,
-)
-from brainfound.data.sources.tables import SourceLayout, SourceTable, cohort_names, parse_ages, sort_by_session
+from brainfound.data.sources.covariates import clean_covariates
+from brainfound.data.sources.file_names import SubjectNamer, UnusedFiles, natural_sort_key, read_scan_name, safe_join
+from brainfound.data.sources.tables import SourceLayout, SourceTable, cohort_names, sort_by_session
 from brainfound.errors import CohortError, UsageError
 
 _FILE = "pretrain_data.json"
@@ -69,7 +64,7 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
         raise CohortError(what, where=file.name, got=f"{len(unused)} listed" if unused else None, remedy=remedy)
     sort_by_session(rows, natural_sort_key)
     notes: list[str] = []
-    table = parse_ages(pd.DataFrame(rows), file, notes)
+    table = clean_covariates(pd.DataFrame(rows), file.name, notes)
     if unused:
         notes.append(f"{len(unused)} listed files are not there; if that is wrong, set the variable nnssl_raw")
     if num_unnamed_masks:
@@ -137,7 +132,7 @@ def _contrast(image: dict[str, Any], scan: Path) -> str:
     """The contrast given in the index, or that in the file name if the index gives none."""
     modality = str(image.get("modality") or "").strip()
     if modality.lower() in _NO_CONTRAST:
-        return scan_contrast_from_filename(scan)
+        return read_scan_name(scan).contrast
     try:
         return parse_contrast(modality)
     except UsageError:

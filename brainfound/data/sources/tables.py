@@ -1,17 +1,19 @@
 """Reading tables (CSV, TSV and Parquet, as people and Excel write them), and joining them to the table of scans.
 
-Covariates are joined by subject, or by subject and session. Ages are converted to years. Each kind of label map gets a
-column. Whatever is ignored or ambiguous is reported in a note without identifiers.
+Covariates are joined by subject, or by subject and session; rows that contradict each other are refused. Each kind of
+label map gets a column. Whatever is ignored or ambiguous is reported in a note without identifiers.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -20,7 +22,7 @@ from typing import Any
 
 import pandas as pd
 
-from brainfound.data.sources.file_names import UnusedFiles, natural_sort_key
+from brainfound.data.sources.file_names import UnusedFiles, describe_label_map, natural_sort_key
 from brainfound.errors import CohortError
 
 SessionKey = tuple[str, str]
@@ -34,16 +36,15 @@ _TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
 _RENAMED = {
     **dict.fromkeys(("age", "age_at_scan", "ageatscan"), "age_years"),
     **dict.fromkeys(("group", "dx"), "diagnosis"),
+    **dict.fromkeys(("gender", "biological_sex", "biologicalsex", "sex_at_birth"), "sex"),
     **{"participant_id": "subject", "subject_id": "subject", "session_id": "session"},
 }
 _KNOWN = (*COLUMNS, "dataset")
 _TEXT = ("subject", "session", "dataset", "filename")
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
-_MISSING = ("", "n/a", "N/A", "#N/A", "NA", "NaN", "nan", "null", "NULL")
+MISSING = ("", "n/a", "N/A", "#N/A", "NA", "NaN", "nan", "null", "NULL")
 """Spellings of a missing value. The word ``None`` is not one: it is a label in some tables."""
-_READ_OPTIONS: dict[str, Any] = dict(low_memory=False, index_col=False, keep_default_na=False, na_values=list(_MISSING))
-_NO_AGE = {*(word.lower() for word in _MISSING), "none", "unknown"}
-_UNITS_PER_YEAR = {"year": 1.0, "month": 12.0, "week": 365.25 / 7, "day": 365.25}
+_READ_OPTIONS: dict[str, Any] = dict(low_memory=False, index_col=False, keep_default_na=False, na_values=list(MISSING))
 
 
 @dataclass
@@ -56,6 +57,8 @@ class SourceTable:
     mask_columns: tuple[str, ...] = ("mask",)
     notes: list[str] = field(default_factory=list)
     unused: UnusedFiles = field(default_factory=list)
+    rejected: UnusedFiles = field(default_factory=list)
+    """Folders that should be part of the cohort but cannot be read, with the reason."""
 
     def __post_init__(self) -> None:
         self.table = with_all_columns(self.table)
@@ -82,15 +85,16 @@ def with_all_columns(table: pd.DataFrame) -> pd.DataFrame:
 def read_table(path: Path, notes: list[str], *, bids_ids: bool = False) -> pd.DataFrame:
     """Read a table, with the cohort's column names; `notes` receives anything unusual about the file.
 
-    Byte-order marks, UTF-16 (Excel's "Unicode text") and an unexpected separator are handled. Names of subjects and
-    sessions stay text (007 is not 7). Known columns are matched in any case, and ``age``, ``participant_id``,
-    ``session_id`` and ``group`` are renamed. With ``bids_ids`` (tables of BIDS and FOMO) ``participant_id`` and
-    ``session_id`` are the identifiers, and other columns called ``subject`` or ``session`` are kept as ``subject_2``
-    and ``session_2``. Missing text is None.
+    The encoding (`decode_text`) and an unexpected separator are handled. Names of subjects and sessions stay text (007
+    is not 7). Known columns are matched in any case, and ``age``, ``gender``, ``participant_id``, ``session_id`` and
+    ``group`` are renamed. The index is the line of the file (Parquet: the row). With ``bids_ids`` (tables of BIDS and
+    FOMO) ``participant_id`` and ``session_id`` are the identifiers, and other columns called ``subject`` or ``session``
+    are kept as ``subject_2`` and ``session_2``. Missing text is None.
     """
     try:
         if path.suffix.lower() == ".parquet":
             table = pd.read_parquet(path)
+            table.index = pd.RangeIndex(1, len(table) + 1, name="row")
         elif path.suffix.lower() in _TABLE_SUFFIXES:
             table = _read_text(path, notes)
         else:
@@ -98,7 +102,8 @@ def read_table(path: Path, notes: list[str], *, bids_ids: bool = False) -> pd.Da
             remedy = "Give the folder or the manifest"
             raise CohortError("not a source of scans", where=path.name, expected=expected, remedy=remedy)
     except UnicodeDecodeError as error:
-        raise CohortError("the text is not UTF-8", where=path.name, remedy='Save it as "CSV UTF-8"') from error
+        what = "the encoding of the text is not recognised"
+        raise CohortError(what, where=path.name, remedy='Save it as "CSV UTF-8"') from error
     except (ValueError, OSError, csv.Error) as error:
         raise CohortError(f"cannot be read as a table: {error}", where=path.name, remedy="Check the file") from error
     table.columns = [str(column).strip() for column in table.columns]
@@ -111,14 +116,44 @@ def read_table(path: Path, notes: list[str], *, bids_ids: bool = False) -> pd.Da
     notes += _mixed_columns_to_text(table)
     for column in table.columns:  # pandas would keep missing text as NaN, which is not None
         if pd.api.types.is_string_dtype(table[column].dtype) or table[column].dtype == object:
-            values = [None if is_missing(value) else value for value in table[column]]
+            values = [_without_blanks(value) for value in table[column]]
             table[column] = pd.Series(values, index=table.index, dtype=object)
     return table
 
 
+def _without_blanks(value: Any) -> Any:
+    """A cell without blanks around it; None if it is missing or blank."""
+    return None if is_missing(value) else (value.strip() or None) if isinstance(value, str) else value
+
+
+def decode_text(content: bytes, name: str, notes: list[str]) -> str:
+    """The text of a file in UTF-8, in UTF-16 or UTF-32 with a byte-order mark, in UTF-16 without one, or Windows-1252.
+
+    A note reports the last two, which are inferred. Raises a UnicodeDecodeError for other encodings.
+    """
+    for mark, encoding in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")):
+        if content.startswith(mark):
+            return content.decode(encoding)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    if b"\0" in content:  # separators, line ends and digits have one zero byte in UTF-16, and none in UTF-8
+        zeros = [content[start::2].count(0) for start in (0, 1)]
+        encoding = "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
+        if min(zeros) > max(zeros) / 4 or max(zeros) < len(content) / 20:
+            raise UnicodeDecodeError(encoding, content[:1], 0, 1, "zero bytes")
+        text = content.decode(encoding)
+        notes.append(f"{name}: read as UTF-16, inferred from its zero bytes")
+        return text
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252")
+        notes.append(f"{name}: not UTF-8; read as Windows-1252 (Latin-1). If letters are wrong, save it as UTF-8")
+        return text
+
+
 def _read_text(path: Path, notes: list[str]) -> pd.DataFrame:
-    content = path.read_bytes()
-    text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    text = decode_text(path.read_bytes(), path.name, notes).replace("\r\n", "\n").replace("\r", "\n")
     blank = re.match(r"(?:[ \t]*\r?\n)*", text)
     start = blank.end() if blank else 0
     num_blank_lines, text = text.count("\n", 0, start), text[start:]
@@ -127,19 +162,27 @@ def _read_text(path: Path, notes: list[str]) -> pd.DataFrame:
     separator = next((separator for separator in (expected, *_SEPARATORS) if separator in first), expected)
     if separator != expected:
         notes.append(f"{path.name}: the columns are separated by {_SEPARATORS[separator]}")
-    _require_fields(text, separator, path, num_blank_lines)
+    lines = _require_fields(text, separator, path, num_blank_lines)
     header = [column.strip() for column in pd.read_csv(io.StringIO(first), sep=separator).columns]
     dtypes = {index: str for index, name in enumerate(header) if _cohort_name(name) in _TEXT}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pd.errors.ParserWarning)  # empty fields at the end of a row, checked above
-        return pd.read_csv(io.StringIO(text), sep=separator, dtype=dtypes, **_READ_OPTIONS)
+        table = pd.read_csv(io.StringIO(text), sep=separator, dtype=dtypes, **_READ_OPTIONS)
+    table.index = pd.Index(lines if len(lines) == len(table) else range(2, len(table) + 2), name="line")
+    return table
 
 
-def _require_fields(text: str, separator: str, path: Path, first_line: int) -> None:
-    """Refuse rows with more fields than the header (``45,5`` in a comma-separated table), which would shift values."""
+def _require_fields(text: str, separator: str, path: Path, first_line: int) -> list[int]:
+    """The line on which each row ends.
+
+    Rows with more fields than the header (``45,5`` in a comma-separated table), which would shift values, are refused.
+    """
     rows = csv.reader(io.StringIO(text), delimiter=separator)
     header = next(rows, [])
+    lines = []
     for row in rows:
+        if any(row) and (len(row) > 1 or row[0].strip()):
+            lines.append(rows.line_num + first_line)
         if any(field.strip() for field in row[len(header) :]):
             raise CohortError(
                 "a row has more fields than the header",
@@ -148,6 +191,7 @@ def _require_fields(text: str, separator: str, path: Path, first_line: int) -> N
                 expected=f"{len(header)}",
                 remedy="Put values that hold a separator in quotes",
             )
+    return lines
 
 
 def _cohort_name(column: str) -> str:
@@ -160,7 +204,7 @@ def cohort_names(columns: Iterable[str]) -> dict[str, str]:
     columns = list(columns)
     taken = set(columns)
     names: dict[str, str] = {}
-    for column in columns:
+    for column in sorted(columns, key=lambda column: column.lower() not in _KNOWN):  # Sex outranks gender
         name = _cohort_name(column)
         if name not in taken:
             names[column] = name
@@ -226,88 +270,64 @@ def read_json(file: Path, notes: list[str] | None = None) -> dict[str, Any]:
     """A JSON object; {} if the file is missing or holds something else. A note reports invalid JSON, once."""
     if not file.is_file():
         return {}
+    found: list[str] = []
+    content: Any = None
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = json.loads(decode_text(file.read_bytes(), file.name, found))
     except (OSError, ValueError) as error:
-        note = f"{file.name} is not valid JSON and was not used ({type(error).__name__})"
-        if notes is not None and note not in notes:
-            notes.append(note)
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def parse_ages(table: pd.DataFrame, path: Path, notes: list[str] | None = None) -> pd.DataFrame:
-    """``age_years`` as float; "89+" (ages masked for privacy, BIDS) is 89. CohortError for other invalid ages.
-
-    Pass `notes` for a published index, which the user cannot correct: its invalid ages then become missing, and a note
-    counts them.
-    """
-    if "age_years" not in table:
-        return table
-    ages, not_numbers = _parse_numbers(table["age_years"])
-    out_of_range = ages[ages.notna() & ~((ages >= 0) & (ages <= 150))]
+        found = [f"{file.name} is not valid JSON and was not used ({type(error).__name__})"]
     if notes is not None:
-        num_unusable = sum(text.lower() not in _NO_AGE for text in not_numbers) + len(out_of_range)
-        if num_unusable:
-            notes.append(f"{path.name}: {num_unusable} ages are not used: they are not a number of years")
-        return table.assign(age_years=ages.drop(out_of_range.index).reindex(ages.index))
-    if not not_numbers.empty:
-        first = not_numbers.iloc[0]
-        comma = re.fullmatch(r"\d+,\d+", first)
-        remedy = f"Write a point: {first.replace(',', '.')}" if comma else "Write years or n/a"
-        raise CohortError("an age is not a number", where=path.name, got=repr(first), remedy=remedy)
-    if not out_of_range.empty:
-        what, got = "an age is not between 0 and 150 years", f"{out_of_range.iloc[0]:g}"
-        raise CohortError(what, where=path.name, got=got, remedy="Write years or n/a")
-    return table.assign(age_years=ages)
-
-
-def _parse_numbers(values: pd.Series) -> tuple[pd.Series, pd.Series]:
-    """Ages as floats, and the values that are not numbers as text; "89+" is 89."""
-    ages = pd.to_numeric(values, errors="coerce").astype(float)
-    not_numbers = values[ages.isna() & values.notna()].astype(str).str.strip()
-    masked = not_numbers[not_numbers.str.fullmatch(r"\d+\s*\+")]
-    ages.loc[masked.index] = masked.str.rstrip(" +").astype(float)
-    return ages, not_numbers.drop(masked.index)
-
-
-def convert_ages_to_years(
-    table: pd.DataFrame, path: Path, notes: list[str], inherited: Sequence[Path] = (), name: str = ""
-) -> pd.DataFrame:
-    """Convert ages from the unit in the table's JSON sidecar, or in an `inherited` one. Notes call the table `name`."""
-    if "age_years" not in table:
-        return table
-    name = name or path.name
-    units = (_age_unit(file, notes) for file in (path.with_suffix(".json"), *inherited))
-    unit = next((unit for unit in units if unit is not None), "year")
-    note = ""
-    if unit in _UNITS_PER_YEAR and unit != "year":
-        ages, not_numbers = _parse_numbers(table["age_years"])
-        years = (ages / _UNITS_PER_YEAR[unit]).astype(object)
-        years.loc[not_numbers.index] = not_numbers  # `parse_ages` refuses them
-        table["age_years"] = years
-        note = f"{name}: ages are given in {unit}s and were turned into years"
-    elif unit not in (*_UNITS_PER_YEAR, "y", "yr", "yo", ""):
-        note = f"{name}: the unit of ages is not known ({unit!r}); taken as years"
-    if note and note not in notes:
-        notes.append(note)
-    return table
-
-
-def _age_unit(file: Path, notes: list[str]) -> str | None:
-    """``"month"`` and the like; None if the file is missing or does not describe ages."""
-    columns = {str(name).lower(): description for name, description in read_json(file, notes).items()}
-    names = ("age_years", "age", "age_at_scan", "ageatscan")
-    description = next((columns[name] for name in names if name in columns), None)
-    if not isinstance(description, dict) or "Units" not in description:
-        return None
-    return str(description["Units"]).lower().strip().rstrip("s")
+        notes += [note for note in found if note not in notes]
+    return content if isinstance(content, dict) else {}
 
 
 def sort_by_session(rows: list[dict[str, Any]], order: Callable[[Path], Any]) -> None:
     """Sort rows of scans in place by subject, session and the `order` of their files."""
     names = ("subject", "session")
     rows.sort(key=lambda row: (*(natural_sort_key(row[name]) for name in names), order(Path(row["path"]))))
+
+
+def contradictions(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+    """Whether a cell of `columns` differs from the first known one of its `keys`: a table of booleans."""
+    cells = table[list(columns)]
+    if cells.empty:
+        return cells.astype(bool)
+    first = table.groupby(list(keys), sort=False)[list(columns)].transform("first")
+    return cells.notna() & (cells != first)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def merge_rows(
+    table: pd.DataFrame, keys: Sequence[str], path: Path, columns: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Fill empty cells of `columns` (default: all but the `keys`) from other rows of the same subject or session.
+
+    Raises a CohortError with both lines and the column if two rows contradict each other.
+    """
+    columns = [column for column in table.columns if column not in keys] if columns is None else list(columns)
+    if not table.duplicated(list(keys)).any() or not columns:
+        return table
+    lines, table = table.index, table.reset_index(drop=True)
+    differs = contradictions(table, keys, columns)
+    if differs.to_numpy().any():
+        row, column = next(
+            (int(row), name) for row in differs.index[differs.any(axis=1)] for name in columns if differs.at[row, name]
+        )
+        same = (table[list(keys)] == table.loc[row, list(keys)]).all(axis=1) & table[column].notna()
+        other = int(same.idxmax())
+        raise CohortError(
+            f"rows of one {'subject' if 'session' not in keys else 'session'} contradict each other",
+            where=f"{path.name}, {lines.name} {lines[row]}, column {column!r}",
+            got=f"{_cell(table.at[row, column])}, but {_cell(table.at[other, column])} in {lines.name} {lines[other]}",
+            remedy="Correct one of them, or give each visit its own session",
+        )
+    first = table.groupby(list(keys), sort=False)[columns].transform("first")
+    for column in columns:
+        table[column] = table[column].where(table[column].notna(), first[column])
+    return table.set_axis(lines)
 
 
 def join(
@@ -317,19 +337,14 @@ def join(
 
     With `notes`, rows without a scan are counted: session ``1`` in a table does not match the folder ``ses-01``.
     """
-    facts = facts.drop_duplicates().dropna(subset=list(keys))
-    repeated = facts[facts.duplicated(subset=list(keys))]
-    if not repeated.empty:
-        what = f"{path.name} lists a {'subject' if len(keys) == 1 else 'session'} twice"
-        got = " ".join(str(repeated.iloc[0][key]) for key in keys)
-        raise CohortError(what, where=path.name, got=got, remedy="Keep one row each")
+    reserved = ("contrast", "path", "mask", "subject", "session")
+    facts = facts.drop(columns=[column for column in reserved if column in facts and column not in keys])
+    facts = merge_rows(facts.dropna(subset=list(keys)), keys, path).drop_duplicates(list(keys))
     if notes is not None:
         scanned = set(table[list(keys)].itertuples(index=False, name=None))
         num_unmatched = sum(key not in scanned for key in facts[list(keys)].itertuples(index=False, name=None))
         if num_unmatched:
             notes.append(f"{num_unmatched} of {len(facts)} rows of {path.name} match no scan and are not used")
-    reserved = ("contrast", "path", "mask", "subject", "session")
-    facts = facts.drop(columns=[column for column in reserved if column in facts and column not in keys])
     joined = table.merge(facts, on=list(keys), how="left", suffixes=("", "__new"))
     updated = [column for column in joined.columns if column.endswith("__new")]
     for column in updated:
@@ -338,11 +353,20 @@ def join(
     return joined.drop(columns=updated)
 
 
-def join_label_maps(table: pd.DataFrame, label_maps: Iterable[LabelMapRow], unused: UnusedFiles) -> tuple[str, ...]:
+def count_noun(count: int, noun: str) -> str:
+    """``1 session``, ``2 sessions``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def join_label_maps(
+    table: pd.DataFrame, label_maps: Iterable[LabelMapRow], unused: UnusedFiles, notes: list[str]
+) -> tuple[str, ...]:
     """Add one column per kind of label map, with the first map of each session; the others go into `unused`.
 
-    `label_maps` are in order of preference. Returns the columns, which always include ``mask``.
+    `label_maps` are in order of preference. Returns the columns, which always include ``mask``. A note counts each
+    choice between maps whose names say that they show different things.
     """
+    choices: Counter[tuple[str, str, str]] = Counter()
     keys = list(zip(table["subject"], table["session"], strict=True))
     known = set(keys)
     kept: dict[str, dict[SessionKey, Path]] = {"mask": {}}
@@ -351,8 +375,15 @@ def join_label_maps(table: pd.DataFrame, label_maps: Iterable[LabelMapRow], unus
             unused.append((file, "a label map of a session without scans"))
         elif key in kept.setdefault(column, {}):
             unused.append((file, f"a further label map ({column}) of its session"))
+            taken, other = describe_label_map(kept[column][key]), describe_label_map(file)
+            choices[column, taken, other] += taken != other
         else:
             kept[column][key] = file
+    notes += [
+        f"{column}: {taken!r} is used and not {other!r} of the same session ({count} times)"
+        for (column, taken, other), count in choices.items()
+        if count
+    ]
     columns = tuple(column for column, files in kept.items() if files or column == "mask")
     for column in columns:
         table[column] = [str(kept[column][key]) if key in kept[column] else None for key in keys]

@@ -41,7 +41,6 @@ from brainfound.errors import UsageError, did_you_mean
 
 SCHEMA = "brainfound-split/1"
 PARTS = ("train", "validation", "test")
-REQUIRED_PARTS = ("train", "test")
 SINGLE_FOLD = "single"
 MAKE_ANEW = "To use it as it is, make a checked file of it: brainfound split STORE NEW.json --from THIS.json"
 _GIVE_SPLIT = "Give the file of `brainfound split`, or the splits.json of a run"
@@ -63,7 +62,8 @@ class Split:
         num_left_out: fold → number of subjects of the store in no part.
 
     Raises:
-        UsageError: a required part is missing, a part is unknown or empty, or a subject is in two.
+        UsageError: there is no train part, or neither a validation nor a test part;
+            a part is unknown or empty, or a subject is in two.
     """
 
     folds: Mapping[str, SubjectsByPart]
@@ -212,7 +212,9 @@ def _require_valid_parts(fold: str, members: SubjectsByPart, where: object = Non
     unknown = [part for part in members if part not in PARTS]
     if unknown:
         raise UsageError(f"unknown part {unknown[0]!r}", where=where, remedy=did_you_mean(unknown[0], PARTS))
-    missing = [part for part in REQUIRED_PARTS if part not in members]
+    missing = [] if "train" in members else ["train"]
+    # A cohort that is tested elsewhere has no test part, and one without validation needs no part for it.
+    missing += [] if {"validation", "test"} & set(members) else ["test"]
     missing += [part for part, names in members.items() if not names]
     if missing:
         what = f"the part {missing[0]!r} of the split is missing or empty"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
+from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from typing import TYPE_CHECKING, Literal, get_args
 
+from brainfound.data.worker_processes import map_in_processes
 from brainfound.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +18,6 @@ WriteShard = Callable[["ShardJob"], None]
 
 _DASK_RETRIES = 3
 _CONNECT_TIMEOUT_S = 30
-_PARENT_POLL_S = 2.0
 
 
 def run_jobs(
@@ -43,41 +39,19 @@ def run_jobs(
         yield from _on_dask(jobs, write, scheduler)
     elif scheduler is not None:
         raise UsageError("a scheduler is for dask", where="scheduler", got=scheduler, remedy="Add --executor dask")
-    elif workers <= 1 or len(jobs) <= 1:
-        for job in jobs:
-            write(job)
-            yield job
     else:
         yield from _in_processes(jobs, write, workers)
 
 
 def _in_processes(jobs: Sequence[ShardJob], write: WriteShard, workers: int) -> Iterator[ShardJob]:
-    with ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=get_context("spawn"), initializer=_exit_with_parent, initargs=(os.getpid(),)
-    ) as pool:
-        futures = {pool.submit(write, job): job for job in jobs}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                yield futures[future]
-        except BrokenProcessPool:
-            raise StoreError(
-                "a worker process was ended from outside, perhaps for want of memory",
-                remedy="Repeat the command with fewer workers: what was done is kept",
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _exit_with_parent(parent: int) -> None:
-    """End this worker when its parent process is gone, even if that was killed."""
-
-    def poll_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_POLL_S)
-        os._exit(1)
-
-    threading.Thread(target=poll_parent, daemon=True).start()
+    try:
+        for job, _ in map_in_processes(write, jobs, workers):
+            yield job
+    except BrokenProcessPool:
+        raise StoreError(
+            "a worker process was ended from outside, perhaps for want of memory",
+            remedy="Repeat the command with fewer workers: what was done is kept",
+        ) from None
 
 
 def _on_dask(jobs: Sequence[ShardJob], write: WriteShard, scheduler: str | None) -> Iterator[ShardJob]:

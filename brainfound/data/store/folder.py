@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,9 +25,10 @@ from jaxtyping import Int
 
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.sources import SOURCE_LAYOUTS
 from brainfound.data.sources.tables import is_missing
 from brainfound.data.store.slice_files import SliceFiles
-from brainfound.errors import StoreError
+from brainfound.errors import CohortError, StoreError, closest_folder
 
 SCHEMA_VERSION = 2
 SessionKey = tuple[str, str]
@@ -79,11 +81,23 @@ def replaced_path(path: Path) -> Path:
 def _no_store(path: Path) -> StoreError:
     remedy = "Make it with: brainfound prepare SOURCE STORE"
     what = "not a store"
+    if not path.exists():
+        what, close = "no such folder", closest_folder(path, lambda folder: (folder / "store.json").is_file())
+        remedy = f"Did you mean {close}?" if close else remedy
+    elif _is_source(path):
+        remedy = f"Prepare it first: brainfound prepare {shlex.quote(str(path))} STORE"
     if (replaced_path(path) / "store.json").is_file():
         what, remedy = "an update of the store was cut off", "Repeat the brainfound prepare command: nothing is lost"
     elif partial_path(path).is_dir():
         what, remedy = "the store is not complete", "Finish it with the same brainfound prepare command"
     return StoreError(what, where=path, expected="a folder with store.json", remedy=remedy)
+
+
+def _is_source(path: Path) -> bool:
+    try:
+        return any(layout.can_read(path) for layout in SOURCE_LAYOUTS)
+    except (CohortError, OSError):  # a source with a fault
+        return True
 
 
 def damaged_session_error(path: Path, sessions: Sequence[int]) -> StoreError:

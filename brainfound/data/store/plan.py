@@ -24,6 +24,7 @@ from brainfound.data.reading.archives import size_and_mtime
 from brainfound.data.reading.scan import read_header
 from brainfound.data.sources.tables import read_json
 from brainfound.data.store.folder import SCHEMA_VERSION, SessionKey, StoreFolder, replaced_path
+from brainfound.data.worker_processes import require_main_guard
 from brainfound.errors import BrainFoundError, ScanError, StoreError
 
 _SOURCES_FILE = "sources.parquet"
@@ -220,6 +221,7 @@ def writer_lock(out: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        require_main_guard()
         log.warning("another process is preparing %s: waiting for it", out.name)
         lock.acquire()
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from brainfound.data.store.writer import (
     move_into_place,
     write_blocks,
 )
-from brainfound.errors import StoreError
+from brainfound.errors import BrainFoundError, StoreError
+from brainfound.hub import cache_if_hub_is_away, describe_hub_error
 
 SAFE_COVARIATES = ("age_years", "sex", "site", "diagnosis")
 """The covariates that a copy without identifiers keeps by default."""
@@ -136,6 +138,9 @@ def push(
     """Upload a store to the Hub as a data set (``"lab/ixi-224"``); returns the URL of the commit.
 
     ``keep_ids`` and ``columns`` are those of `copy_store`; the default token is that of the logged-in user.
+
+    Raises:
+        StoreError: the Hub cannot be reached, or refuses the upload.
     """
     from huggingface_hub import HfApi
 
@@ -154,23 +159,51 @@ def push(
             content_hash=copy.content_hash,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
-        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, repo_type="dataset", commit_message="Store of slices"
-        )
+        with _as_store_error("the store cannot be uploaded", repo_id), cache_if_hub_is_away():
+            api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, repo_type="dataset", commit_message="Store of slices"
+            )
     return str(commit)
+
+
+@contextmanager
+def _as_store_error(what: str, repo_id: str) -> Iterator[None]:
+    """Turn every error of the Hub into a StoreError."""
+    try:
+        yield
+    except BrainFoundError:
+        raise
+    except Exception as error:  # of the Hub, its HTTP library, the network or the disk
+        remedy = "Check the id (owner/name), the connection and the login"
+        raise StoreError(what, where=repo_id, got=describe_hub_error(error), remedy=remedy) from error
 
 
 def download(
     repo_id: str, *, revision: str | None = None, token: str | None = None, files: list[str] | None = None
 ) -> Path:
-    """Download a store, or some of its files, into the Hub's cache; returns its folder."""
+    """Download a store, or some of its files, into the Hub's cache; returns its folder.
+
+    Raises:
+        StoreError: it cannot be fetched, or is no store.
+    """
     from huggingface_hub import snapshot_download
 
-    folder = Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=files))
+    with _as_store_error("the store cannot be fetched from the Hugging Face Hub", repo_id), cache_if_hub_is_away():
+        place = snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=files)
+    folder = Path(place)
     if not (folder / "store.json").is_file():
         raise StoreError("the repository holds no store", where=repo_id, expected="a store.json", remedy="Check the id")
     return folder
+
+
+def _stream_from_hub(repo_id: str, revision: str | None, token: str | None) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset
+
+    with _as_store_error("the store cannot be streamed from the Hugging Face Hub", repo_id):
+        with cache_if_hub_is_away():
+            rows = load_dataset(repo_id, split="train", streaming=True, revision=revision, token=token)
+        yield from rows
 
 
 def stream(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Iterator[dict[str, Any]]:
@@ -191,7 +224,7 @@ def stream(source: str | Path, *, revision: str | None = None, token: str | None
     else:
         small_files = ["store.json", "preprocessing.json", "sessions.arrow"]
         folder = download(str(source), revision=revision, token=token, files=small_files)
-        rows = load_dataset(str(source), split="train", streaming=True, revision=revision, token=token)
+        rows = _stream_from_hub(str(source), revision, token)
     store = StoreFolder(folder)
     table, preprocessing = store.table, store.preprocessing
     index = {key: place for place, key in enumerate(table.keys)}

@@ -130,10 +130,10 @@ class StoreParts:
 
     @classmethod
     def from_source(cls, cohort: Cohort) -> StoreParts:
-        """The files of a source that are not scans of its cohort."""
+        """The files of a source that are not scans of its cohort, and its data sets that cannot be read."""
+        files = [(file, f"{NOT_IN_COHORT_REASON}: {why}") for file, why in cohort.unused] + list(cohort.rejected)
         rows = [
-            (printable(os.path.relpath(file, cohort.root)), "", "", "", printable(f"{NOT_IN_COHORT_REASON}: {why}"))
-            for file, why in cohort.unused
+            (printable(os.path.relpath(file, cohort.root)), "", "", "", printable(reason)) for file, reason in files
         ]
         return cls([], pd.DataFrame(rows, columns=REJECTED_COLUMNS), pd.DataFrame(columns=QUALITY_COLUMNS))
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from brainfound.data.preprocessing.stack import Stack
@@ -86,6 +86,16 @@ class SegmentationRecipe(TaskRecipe):
     """Share of the training slices (or runs of slices) that show the structure."""
     scoring: ScoringRecipe = ScoringRecipe()
     """Further scores, and the score of an empty mask."""
+
+    @field_validator("regions")
+    @classmethod
+    def _usable_regions(cls, value: dict[str, list[int]]) -> dict[str, list[int]]:
+        for name, codes in value.items():
+            if not re.fullmatch("[A-Za-z0-9]+", name):
+                raise ValueError(f"a region's name is part of file names: {name} must be letters and digits")
+            if not codes or min(codes) < 1:
+                raise ValueError(f"a region is made of one or more codes above 0, such as [1, 4]: {name} is {codes}")
+        return value
 
 
 @dataclass(frozen=True)
@@ -338,11 +348,6 @@ def _require_regions(settings: SegmentationRecipe, codes: set[int]) -> None:
         raise UsageError("regions or merge_codes", where=where, got="both", remedy="Leave task.merge_codes out")
     for name, region in settings.regions.items():
         where = f"task.regions.{name}"
-        if not re.fullmatch("[A-Za-z0-9]+", name):
-            raise UsageError("a region's name is part of file names", where=where, expected="letters and digits")
-        if not region or min(region) < 1:
-            what, expected = "a region is made of one or more codes above 0", "such as [1, 4]"
-            raise UsageError(what, where=where, got=list(region), expected=expected)
         if not codes & set(region):
             raise UsageError(
                 "no mask of the training part has a code of this region",

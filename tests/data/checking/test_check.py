@@ -12,6 +12,7 @@ import pytest
 
 from brainfound.data.checking.check import check_session, load_model_contract, scan_to_dict, session_from_files
 from brainfound.data.checking.contract import InputContract
+from brainfound.data.checking.mean_stack import coarse_volume, encode
 from brainfound.data.checking.rules import age_finding, skull_finding, slices_finding, worst_level
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook
@@ -41,6 +42,10 @@ def _image(spacing=4.0, radii=RADII_MM["stripped"], shape=(56, 60, 56), seed=0):
     radius = (grid**2 / np.array(radii)[:, None, None, None] ** 2).sum(axis=0)
     rng = np.random.default_rng(seed)
     return np.where(radius < 1, 300 + 200 * (1 - radius) + rng.normal(0, 20, shape), 0).astype(np.float32)
+
+
+_MEAN = encode(coarse_volume(_image().transpose(2, 1, 0) / 2, np.full(3, 4.0)))
+CONTRACT = CONTRACT.model_copy(update={"mean_stack": {"T1w": _MEAN, "FLAIR": _MEAN}})
 
 
 def _write(path: Path, data=None, spacing=4.0, affine=None, **header) -> Path:
@@ -73,7 +78,7 @@ def test_a_scan_like_the_training_scans_passes_every_question(tmp_path):
     checked = _check(scans)
     assert [finding for scan in checked.scans for finding in scan.findings if finding.level != "ok"] == []
     asked = [{finding.check for finding in scan.findings} for scan in checked.scans]
-    one = {"contrast", "file", "orientation", "spacing", "intensity", "skull", "field"}
+    one = {"contrast", "file", "orientation", "spacing", "intensity", "skull", "field", "position"}
     assert asked == [one, one | {"overlap"}]
     assert [(f.check, f.level) for f in checked.findings] == [("slices", "ok"), ("age", "ok")]
     assert checked.level == "ok"
@@ -375,7 +380,7 @@ def test_files_become_a_session_as_in_predict(tmp_path):
     session = session_from_files([str(t1), f"flair={odd}"], ("T1w", "FLAIR"))
     assert session.scans == {"T1w": t1, "FLAIR": odd}
     assert session_from_files([str(odd)], ("FLAIR",)).scans == {"FLAIR": odd}
-    with pytest.raises(UsageError, match="cannot be told from the file name"):
+    with pytest.raises(UsageError, match="file name does not state the contrast"):
         session_from_files([str(odd)], ("T1w", "FLAIR"))
     with pytest.raises(UsageError, match="two scans of T1w"):
         session_from_files([str(t1), f"T1w={odd}"], ("T1w", "FLAIR"))

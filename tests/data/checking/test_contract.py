@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -43,6 +44,7 @@ def _store(skulls=("stripped",) * 4, minima=(0.0,) * 4):
         contrasts=preprocessing.contrasts,
         shown=preprocessing.contrasts,
         sessions=table,
+        present=np.zeros((4, 3), dtype=bool),
         quality=pd.concat([quality, flair], ignore_index=True),
     )
     return type("Fake", (), {**vars(store), "__len__": lambda self: 4})()

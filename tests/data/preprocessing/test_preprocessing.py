@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from brainfound.data.preprocessing.grids import shift
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack_builder import StackBuilder, two_percentiles
 from brainfound.data.reading.scan import Scan, load_scan
@@ -144,11 +146,55 @@ def test_a_mask_that_is_cropped_around_its_labels_is_the_whole_mask(head, centre
     scan, lesion = (as_scan(one(shape, affine), affine) for one in (head.image, head.lesion))
     whole = build_stack(Preprocessing(contrasts=("T1w",)), {"T1w": scan}, lesion)
     builder = StackBuilder(Preprocessing(contrasts=("T1w",)), "T1w", scan)
-    builder.add_mask(cropped(lesion, margin), "lesion.nii.gz")
+    builder.add_mask(cropped(lesion, margin))
     np.testing.assert_array_equal(builder.build().mask, whole.mask)
     assert whole.mask.any()
     (note,) = builder.quality[0].notes
-    assert re.fullmatch(r"the mask lesion.nii.gz covers \d+% of the foreground; what lies outside .* background", note)
+    assert re.fullmatch(r"the mask covers \d+% of the foreground; what lies outside .* background", note)
+
+
+def moved(scan: Scan, *shift_mm: float) -> Scan:
+    affine = scan.affine.copy()
+    affine[:3, 3] += shift_mm
+    return Scan(scan.data, affine, scan.native_shape, affine)
+
+
+def test_a_whole_mask_whose_labels_lie_outside_of_the_head_is_refused(head, centred):
+    shape = (60, 72, 56)
+    affine = centred(shape, np.eye(3) * 2)
+    scan, lesion = (as_scan(one(shape, affine), affine) for one in (head.image, head.lesion))
+    builder = StackBuilder(Preprocessing(contrasts=("T1w",)), "T1w", scan)
+    with pytest.raises(
+        ScanError, match="the labels of the mask lie outside of the head .*0% of the labels in it; a grid"
+    ):
+        builder.add_mask(moved(lesion, 28, 28, 28))
+    head_shape = as_scan((scan.data > 0).astype(np.float32), affine)
+    with pytest.raises(ScanError, match="outside of the head"):
+        builder.add_mask(moved(head_shape, 30, 0, 0))
+    lost = np.diag([0.4, 0.4, 0.4, 1.0])  # without its voxel size and origin, in the middle of the head
+    with pytest.raises(ScanError, match="does not overlap .*100% of the labels in it; a grid like that of a scan"):
+        builder.add_mask(as_scan(lesion.data, lost))
+    assert builder.quality[0].notes == ()
+    builder.add_mask(moved(lesion, 0, -9, 0))
+    assert builder.quality[0].notes[0] == (
+        "the mask has the voxel grid of a scan, 9.0 mm away: if it was drawn on it, its affine is wrong"
+    )
+
+
+def test_masks_that_are_where_they_belong_are_not_refused(head, centred):
+    shape = (60, 72, 56)
+    affine = centred(shape, np.eye(3) * 2)
+    scan, lesion = (as_scan(one(shape, affine), affine) for one in (head.image, head.lesion))
+    tissues = np.where(scan.data > 0, 2, 6).astype(np.float32)  # with a code for the air
+    border = ndimage.binary_dilation(scan.data > 0) & ~(scan.data > 0)  # just outside of a stripped brain
+    empty = np.zeros_like(scan.data)
+    for data in (tissues, border.astype(np.float32), empty, lesion.data):
+        builder = StackBuilder(Preprocessing(contrasts=("T1w",)), "T1w", scan)
+        builder.add_mask(as_scan(data, affine))
+        assert builder.quality[0].notes == ()
+    # The reference scan is a slab, and the mask was drawn on a whole head.
+    slab = Scan(scan.data[:, :, 24:36], affine @ shift([0, 0, 24]), (60, 72, 12), affine @ shift([0, 0, 24]))
+    StackBuilder(Preprocessing(contrasts=("T1w",)), "T1w", slab).add_mask(as_scan((scan.data > 0) * 1.0, affine))
 
 
 def test_a_cropped_mask_whose_labels_are_elsewhere_or_none_is_refused(head, centred):

@@ -32,6 +32,7 @@ if __name__ == "__main__":
 
 import nibabel as nib
 import numpy as np
+from nibabel.spatialimages import HeaderDataError
 
 from brainfound.data.reading.scan import load_scan, read_header
 from brainfound.errors import ScanError
@@ -105,7 +106,9 @@ def check(path: Path) -> bool:
             except ScanError as error:
                 message = str(error)
             if scan is not None:
-                assert read_header(path).notes == scan.notes
+                header = read_header(path)
+                assert scan.notes[: len(header.notes)] == header.notes
+                assert len(scan.notes) - len(header.notes) in (0, 1)  # one note on voxels that were corrected
         peak = tracemalloc.get_traced_memory()[1] - before
     finally:
         if started:
@@ -118,11 +121,19 @@ def check(path: Path) -> bool:
         assert "\n" not in message
         assert peak < MAX_BYTES, peak
         return False
-    assert peak < MAX_BYTES + 8 * scan.data.size, peak
-    data, affine = _by_nibabel(path)
+    corrected = len(scan.notes) > len(header.notes)
+    assert peak < MAX_BYTES + (64 if corrected else 8) * scan.data.size, peak
+    try:
+        data, affine = _by_nibabel(path)
+    except HeaderDataError as error:
+        if "w2 should be positive" not in str(error):  # a quaternion that is a little too long
+            raise
+        return True
     np.testing.assert_array_equal(scan.native_affine, affine)
     canonical = nib.as_closest_canonical(nib.Nifti1Image(data, affine))
-    np.testing.assert_array_equal(scan.data, np.asarray(canonical.dataobj))
+    expected = np.asarray(canonical.dataobj)
+    assert np.isfinite(expected).all() != corrected
+    np.testing.assert_array_equal(np.where(np.isfinite(expected), scan.data, expected), expected)
     np.testing.assert_allclose(scan.affine, canonical.affine)
     return True
 

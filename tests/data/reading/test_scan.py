@@ -102,6 +102,114 @@ def test_label_maps_may_be_empty_but_must_be_whole_numbers(write_scan):
         load_scan(write_scan("q.nii.gz", data), labels=True)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16"])
+def test_codes_that_a_header_scales_are_whole_numbers_again(write_scan, tmp_path, dtype):
+    codes = np.random.default_rng(0).choice([0, 1, 3, 7, 90], (6, 7, 8)).astype(float)
+    image = nib.Nifti1Image(codes, np.eye(4))
+    image.header.set_data_dtype(dtype)
+    nib.save(image, tmp_path / "m.nii.gz")
+    assert not np.array_equal(nib.load(tmp_path / "m.nii.gz").get_fdata(), codes)
+    scan = load_scan(tmp_path / "m.nii.gz", labels=True)
+    np.testing.assert_array_equal(scan.data, codes)
+    assert any("label codes were rounded to whole numbers, by up to " in note for note in scan.notes)
+    nearly = load_scan(write_scan("n.nii.gz", codes + 0.004), labels=True)
+    np.testing.assert_array_equal(nearly.data, codes)
+
+
+def test_a_soft_map_is_no_label_map_however_it_is_scaled(tmp_path):
+    soft = np.linspace(0, 1, 4**3).reshape(4, 4, 4)
+    halves = np.tile([0, 0.5, 1.0, 1.5], 16).reshape(4, 4, 4)
+    many = np.random.default_rng(0).choice(np.arange(0, 900, 7), (4, 4, 4)).astype(float)  # too many codes for uint8
+    for data in (soft, halves, many):
+        image = nib.Nifti1Image(data, np.eye(4))
+        image.header.set_data_dtype(np.uint8)
+        nib.save(image, tmp_path / "m.nii")
+        with pytest.raises(ScanError, match=r"not a label map \(got the value \S+, in \d+ voxels"):
+            load_scan(tmp_path / "m.nii", labels=True)
+
+
+@pytest.mark.parametrize("noise", [0.0, 5.0])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_voxel_that_is_not_finite_becomes_background_outside_of_the_head(write_scan, head, centred, noise, value):
+    affine = centred((40, 48, 36), np.eye(3) * 3)
+    image = head.image((40, 48, 36), affine, noise=noise)
+    image[2, 3, 30] = value
+    scan = load_scan(write_scan("a.nii.gz", image, affine=affine))
+    assert scan.notes == ("1 voxel outside of the head was NaN or infinite, and became background",)
+    assert scan.data[2, 3, 30] == (0 if noise == 0 else pytest.approx(6, abs=3))
+    for place in ((20, 24, 18), (4, 24, 18)):  # in the middle, and at the border
+        inside = image.copy()
+        inside[place] = value
+        with pytest.raises(ScanError, match=r"NaN or infinite values \(got 2 of 69120 voxels, 1 of them in the head"):
+            load_scan(write_scan("b.nii.gz", inside, affine=affine))
+    image[:, :, :2] = value
+    with pytest.raises(ScanError, match=r"NaN or infinite values \(got 3841 of 69120 voxels"):
+        load_scan(write_scan("c.nii.gz", image, affine=affine))
+
+
+def _with_quaternion(path, quaternion, sform_code=0):
+    image = nib.Nifti1Image(np.random.rand(5, 6, 7), np.diag([2.0, 2, 3, 1]))
+    image.set_qform(np.diag([-2.0, -2, 3, 1]), 1)
+    image.set_sform(np.diag([-2.0, -2, 3, 1]), sform_code)
+    nib.save(image, path)
+    raw = bytearray(path.read_bytes())
+    raw[256:268] = np.array(quaternion, "<f4").tobytes()
+    path.write_bytes(bytes(raw))
+
+
+@pytest.mark.parametrize(
+    "quaternion", [(0, 0, 1.0000004), (0.70711, 0.70712, 0), (0.57736, 0.57736, 0.57736), (0, 1.0004, 0)]
+)
+def test_a_quaternion_that_rounding_made_too_long_is_a_turn(tmp_path, quaternion):
+    _with_quaternion(tmp_path / "a.nii", quaternion)
+    scan = load_scan(tmp_path / "a.nii")
+    turn = nib.quaternions.quat2mat([0, *quaternion])  # of any length
+    np.testing.assert_allclose(scan.native_affine[:3, :3], turn * [2, 2, 3], atol=1e-5)
+    assert len(scan.notes) == (np.square(quaternion).sum() > 1.00001)
+    _with_quaternion(tmp_path / "b.nii", quaternion, sform_code=1)
+    assert not any("not valid" in note for note in load_scan(tmp_path / "b.nii").notes)
+
+
+def test_a_quaternion_that_is_no_turn_is_refused(tmp_path):
+    _with_quaternion(tmp_path / "a.nii", (0, 0.5, 1.0))
+    with pytest.raises(ScanError, match="cannot be read as an image"):
+        load_scan(tmp_path / "a.nii")
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+ANNEX = "/annex/objects/MD5E-s12345--0cc175b9.nii.gz\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "command"), [(LFS, "git lfs pull"), (ANNEX, "datalad get"), (f"../../.git{ANNEX}", "git annex get")]
+)
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.mgz", "a.hdr"])
+def test_a_pointer_of_git_is_fetched_first(tmp_path, content, command, name):
+    (tmp_path / name).write_text(content)
+    if name == "a.hdr":
+        (tmp_path / "a.img").write_text(content)
+    with pytest.raises(ScanError, match=f"a pointer to a file that was not fetched.*{command}"):
+        load_scan(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / "ses.zip", "w") as archive:
+        archive.writestr("anat/x.nii.gz", content)
+    with pytest.raises(ScanError, match=command):
+        load_scan(tmp_path / "ses.zip" / "anat" / "x.nii.gz")
+
+
+def test_a_link_of_git_annex_is_fetched_first(tmp_path, write_scan):
+    (tmp_path / "a.nii.gz").symlink_to("../.git/annex/objects/Xk/4p/MD5E-s1--ab.nii.gz/MD5E-s1--ab.nii.gz")
+    with pytest.raises(ScanError, match="a pointer to a file that was not fetched.*datalad get"):
+        load_scan(tmp_path / "a.nii.gz")
+    (tmp_path / "b.nii.gz").symlink_to("gone.nii.gz")
+    with pytest.raises(ScanError, match="a link whose target is not there"):
+        load_scan(tmp_path / "b.nii.gz")
+    objects = tmp_path / ".git" / "annex" / "objects"
+    objects.mkdir(parents=True)
+    write_scan("whole.nii.gz").rename(objects / "k.nii.gz")
+    (tmp_path / "c.nii.gz").symlink_to(objects / "k.nii.gz")
+    assert load_scan(tmp_path / "c.nii.gz").data.any(), "fetched"
+
+
 # Every stored type, byte order, scaling and format, against nibabel.
 
 # NIfTI and MGH have no 16-bit floats.

@@ -15,10 +15,12 @@ from brainfound.data.cohort import Cohort
 from brainfound.data.sources.dicom import contrast_from_sidecar
 from brainfound.data.sources.dicom_series import (
     Series,
+    _age_years,
     _assign_subjects,
     _contains_patient_name,
     _require_distinct_patient_ids,
     _short_hash,
+    find_series,
     max_folders_per_patient,
 )
 from brainfound.errors import CohortError, UsageError
@@ -324,3 +326,85 @@ GR, SE = {"ScanningSequence": "GR"}, {"ScanningSequence": "SE"}
 )
 def test_contrasts_of_series(sidecar, contrast):
     assert contrast_from_sidecar(json.loads(json.dumps(sidecar))) == contrast
+
+
+def series_in(folder: Path, *headers: dict[str, str]) -> list[Series]:
+    """The series of files that hold only a header, each in a study of its own below one folder."""
+    for number, header in enumerate(headers):
+        write_series(folder / "top" / f"scan{number}", pixels=False, **{"StudyDate": f"20{10 + number}0305", **header})
+    return find_series(folder, sorted(file for file in folder.rglob("im*")), [])
+
+
+def person(name: str = "", birth: str = "", age: str = "", sex: str = "", **header: str) -> dict[str, str]:
+    facts = {
+        "SpecificCharacterSet": "ISO_IR 192",
+        "PatientName": name,
+        "PatientBirthDate": birth,
+        "PatientAge": age,
+        "PatientSex": sex,
+    }
+    return {"PatientID": "lab7", **facts, **header}
+
+
+@pytest.mark.parametrize(
+    ("headers", "why"),
+    [
+        ((person("KLEE^PAUL"), person("ARP^JEAN")), "different names"),
+        ((person("K^K"), person("A^A")), "different names"),
+        ((person("case17"), person("case18")), "different names"),
+        ((person("KLEE^ANNI"), person("ALBERS^ANNI")), "different names"),
+        ((person("KLEE^ANNI", "19600203"), person("KLEE^ANNI", "19610203")), "different birth dates"),
+        ((person(age="061Y"), person(age="034Y")), "ages"),
+        ((person(age="047Y"), person(age="046Y")), "ages"),
+        ((person(age="029Y"), person(age="047Y")), "ages"),
+        ((person(age="010M"), person(age="002M")), "ages"),
+        ((person(age="061Y", StudyDate="20200101"), person(age="034Y", StudyDate="20200101")), "ages"),
+        ((person(sex="M"), person(sex="F")), "both sexes"),
+        ((person("KLEE^PAUL", PatientID="x1"), person("KLEE^PAUL", PatientID="X1")), "capital letters"),
+    ],
+)
+def test_one_patient_id_with_two_persons_is_refused_at_any_depth(tmp_path, headers, why):
+    with pytest.raises(CohortError, match=why) as caught:
+        series_in(tmp_path, *headers)
+    assert "manifest" in str(caught.value)
+    assert not any(word in str(caught.value).lower() for word in ("klee", "anni", "lab7", "case1"))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        (person("KLEE^PAUL"), person("Klee^Paul^E")),
+        (person("KLEE^PAUL^^Dr"), person("paul klee"), person("")),
+        (person("MÜLLER^EVA"), person("Mu\u0308ller^Eva^Maria")),
+        (person("KLEE^ANNI", "19600203"), person("ALBERS^ANNI", "19600203")),
+        (person("P5_v1"), person("P5_v2")),
+        (person("ANONYMOUS", "19000101"), person("KLEE^PAUL", "18791218")),
+        (person(birth="19600101"), person(birth="19600704")),
+        (person(age="047Y"), person(age="000Y"), person(age="049Y")),
+        (person(age="013M"), person(age="001Y"), person(age="002Y")),
+        (person(age="045Y"), person(age="045Y")),
+        (person(age="045Y", StudyDate=""), person(age="040Y", StudyDate="")),
+    ],
+)
+def test_one_person_written_in_two_ways_is_one_subject(tmp_path, headers):
+    assert len({series.subject for series in series_in(tmp_path, *headers)}) == 1
+
+
+def test_two_persons_in_one_series_number_are_not_mixed(tmp_path):
+    write_series(tmp_path / "a", pixels=False, PatientID="a")
+    write_series(tmp_path / "b", pixels=False, PatientID="b")
+    for file in tmp_path.rglob("im*"):
+        header = pydicom.dcmread(file)
+        header.SeriesInstanceUID = "1.2.3"
+        header.save_as(file)
+    series = find_series(tmp_path, sorted(tmp_path.rglob("im*")), [])
+    assert [len(one.files) for one in series] == [6, 6]
+    assert len({one.subject for one in series}) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "years"),
+    [("045Y", 45), ("006M", 0.5), ("000Y", None), ("000D", None), ("999Y", None), ("110Y", None), ("", None)],
+)
+def test_placeholders_are_no_age(text, years):
+    assert _age_years(text) == years

@@ -255,7 +255,7 @@ def test_ages_and_sessions_of_an_index_that_cannot_be_used_stop_nothing(layout):
     )
     cohort = Cohort.read(root)
     assert [s.covariates["age_years"] for s in cohort.sessions()] == [None, 40]
-    assert any("1 ages are not used" in note for note in cohort.notes)
+    assert any("2 × an age that is not a number" in note for note in cohort.notes)
 
 
 def test_an_empty_cell_of_the_scan_facts_stops_nothing(tmp_path):

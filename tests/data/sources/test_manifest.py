@@ -34,16 +34,37 @@ def test_tables_of_excel_are_understood(tmp_path, name, separator, encoding):
     assert bool(cohort.notes) == (separator != usual)
 
 
-def test_text_that_is_not_utf8_is_one_clear_line(tmp_path):
-    (tmp_path / "manifest.csv").write_bytes("subject,contrast,path\nMüller,T1w,a.nii\n".encode("cp1252"))
-    with pytest.raises(CohortError, match="not UTF-8.*CSV UTF-8"):
+@pytest.mark.parametrize(
+    ("encoding", "inferred"),
+    [
+        *[("utf-8", ""), ("utf-8-sig", ""), ("utf-16", ""), ("utf-32", "")],
+        *[("utf-16-le", "UTF-16"), ("utf-16-be", "UTF-16"), ("latin-1", "Latin-1"), ("cp1252", "Latin-1")],
+    ],
+)
+def test_an_encoding_is_recognised_and_an_inferred_one_is_noted(tmp_path, encoding, inferred):
+    text = "subject,contrast,path,age,ward\nZoë,T1w,a.nii,31.5,Jülich\n"
+    (tmp_path / "manifest.csv").write_bytes(text.encode(encoding))
+    cohort = Cohort.read(tmp_path)
+    (session,) = cohort.sessions()
+    assert (session.subject, session.covariates["age_years"], session.covariates["ward"]) == ("Zoë", 31.5, "Jülich")
+    assert bool(cohort.notes) == bool(inferred)
+    assert all(inferred in note for note in cohort.notes)
+
+
+@pytest.mark.parametrize(
+    "content", [b"subject,contrast,path\n\x81\x8d,T1w,a.nii\n", b"subject,contrast,path\n\0,T1w,a\n"]
+)
+def test_an_encoding_that_cannot_be_recognised_is_one_clear_line(tmp_path, content):
+    (tmp_path / "manifest.csv").write_bytes(content)
+    with pytest.raises(CohortError, match="encoding .* not recognised.*CSV UTF-8"):
         Cohort.read(tmp_path)
 
 
 def test_a_comma_in_an_age_says_what_to_write(tmp_path):
     (tmp_path / "manifest.csv").write_text("subject;contrast;path;age\n1;T1w;a.nii;45,5\n")
-    with pytest.raises(CohortError, match=r"not a number \(got '45,5'\). Write a point: 45.5"):
-        Cohort.read(tmp_path)
+    cohort = Cohort.read(tmp_path)
+    assert cohort.table["age_years"].isna().all()
+    assert any("line 2 '45,5'. Write years with a point (45.5) or n/a" in note for note in cohort.notes)
 
 
 def test_a_row_with_too_many_fields_is_refused_and_not_cut(tmp_path):
@@ -81,6 +102,33 @@ def test_columns_of_several_kinds_become_text(tmp_path):
     assert second.covariates["when"] is None
     assert isinstance(first.covariates["lists"], str)
     assert any("'lists'" in note for note in cohort.notes)
+
+
+def test_an_empty_cell_is_filled_from_another_row_of_its_session(tmp_path):
+    rows = "1\tT1w\ta.nii\tx\t\tmale\n1\tFLAIR\tb.nii\tx\t61\tM\n1\tT1w\tc.nii\ty\t\t\n"
+    (tmp_path / "manifest.tsv").write_text(f"subject\tcontrast\tpath\tsession\tage\tsex\n{rows}")
+    table = Cohort.read(tmp_path).table
+    assert list(table["age_years"][:2]) == [61, 61]
+    assert list(table["sex"][:2]) == ["M", "M"]
+    assert table["age_years"].isna()[2]  # another visit
+
+
+@pytest.mark.parametrize(
+    ("column", "values"), [("age", ("61", "62")), ("gender", ("w", "male")), ("relapse", ("0", "1")), ("site", "ab")]
+)
+def test_rows_of_a_session_that_contradict_each_other_are_refused(tmp_path, column, values):
+    rows = f"1\tT1w\ta.nii\t\n\n1\tFLAIR\tb.nii\t{values[0]}\n1\tT2w\tc.nii\t{values[1]}\n"
+    (tmp_path / "manifest.tsv").write_text(f"subject\tcontrast\tpath\t{column}\n{rows}")
+    with pytest.raises(CohortError, match=r"manifest.tsv, line 5, column '\w+': rows of one session .* in line 4\)"):
+        Cohort.read(tmp_path)
+
+
+def test_columns_on_scans_may_differ_and_a_further_mask_is_not_lost_in_silence(tmp_path):
+    rows = "1\tT1w\ta.nii\t2.9\tm.nii\n1\tFLAIR\tb.nii\t87\tn.nii\n"
+    (tmp_path / "manifest.tsv").write_text(f"subject\tcontrast\tpath\techo_ms\tmask\n{rows}")
+    cohort = Cohort.read(tmp_path)
+    assert any("'echo_ms'" in note for note in cohort.notes)
+    assert list(cohort.unused) == [(tmp_path / "n.nii", "a further label map (mask) of its session")]
 
 
 def test_repeated_rows_are_dropped_and_shared_files_are_noted(tmp_path):

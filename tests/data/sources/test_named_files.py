@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from brainfound.contrasts import CONTRASTS
 from brainfound.data.cohort import Cohort
-from brainfound.data.sources.file_names import parse_filename, parse_identifier
+from brainfound.data.sources.file_names import parse_filename
+from brainfound.data.sources.identifiers import parse_identifier
 from brainfound.errors import CohortError
 
 
@@ -82,6 +83,23 @@ def test_label_maps_are_known_by_name(name, column, identifier):
         ("case1_06-08-1996", "case1", "06-08-1996"),
         ("patient1_2019-03-01", "patient1", "2019-03-01"),
         ("patient1", "patient1", None),
+        ("1234567_20253_3_0", "1234567", "3"),
+        ("q07_2019_03_01", "q07", "2019_03_01"),
+        ("q07_20190301_101530", "q07", "20190301"),
+        ("q07_20190301101530", "q07", "20190301"),
+        ("q07_1mar2019", "q07", "1mar2019"),
+        ("q07_sc", "q07", "sc"),
+        ("q07_18m", "q07", "18m"),
+        ("q07_tp2_tse", "q07", "tp2"),
+        ("q07_tse_time-point-2", "q07", "time-point-2"),
+        ("HC_q07_week-000-1_space_3d", "HC_q07", "week-000-1"),
+        ("baseline_q07", "q07", "baseline"),
+        ("20190301_q07", "q07", "20190301"),
+        ("BraTS2021_00012_v2", "BraTS2021_00012", "v2"),
+        ("OAS1_0001_MR1_mpr-1_anon", "OAS1_0001", "MR1"),
+        ("HC_m01", "HC_m01", None),
+        ("v1_m01", "v1_m01", None),
+        ("cor_07", "cor_07", None),
     ],
 )
 def test_visits_are_told_from_persons(identifier, subject, session):
@@ -162,6 +180,15 @@ def test_one_folder_of_public_names(layout, contents):
             {("UPENN-GBM-00001", "11"): ["T1w"], ("UPENN-GBM-00001", "21"): ["T1w"]},
         ),
         (("imagesTr/p1_T1", "labelsTr/p1"), {("p1", "1"): ["T1w"]}),
+        (("q7_t1_vibe_cor", "q7_t2_spc_abc", "q7_tirm_flair"), {("q7", "1"): ["FLAIR", "T1w", "T2w"]}),
+        (("q7/q7_abc_T1", "q7/q7_xyz_T2", "q7/q7_T1_seg"), {("q7", "1"): ["T1w", "T2w"]}),
+        (("q7/abc_T1", "q7/xyz_T2"), {("q7", "1"): ["T1w", "T2w"]}),
+        (("q7_tse_v1_t2", "q7_v2_t1"), {("q7", "v1"): ["T2w"], ("q7", "v2"): ["T1w"]}),
+        (("q7/v1_t1_mpr", "q7/v2_t1_mpr"), {("q7", "v1"): ["T1w"], ("q7", "v2"): ["T1w"]}),
+        (("baseline/q7_T1", "followup/q7_T1"), {("q7", "baseline"): ["T1w"], ("q7", "followup"): ["T1w"]}),
+        (("ses-1/q7/T1", "ses-2/q7/T1"), {("q7", "ses-1"): ["T1w"], ("q7", "ses-2"): ["T1w"]}),
+        (("1234567/20253_2_0/T1", "1234567/20253_3_0/T1"), {("1234567", "2"): ["T1w"], ("1234567", "3"): ["T1w"]}),
+        (("HC/001_T1", "HC/002_T1"), {("001", "1"): ["T1w"], ("002", "1"): ["T1w"]}),
     ],
 )
 def test_folders_of_subjects_visits_and_groups(layout, contents, names, expected):
@@ -188,7 +215,7 @@ def test_folders_of_subjects_visits_and_groups(layout, contents, names, expected
         (("p1_pre_T1", "p1_post_T1"), "visits or a contrast agent"),
         (("study2021_001_T1", "study2021_002_T1"), "two subjects or two visits"),
         (("participant1_1_T1", "participant1_2_T1"), "two subjects or two visits"),
-        (("p1/left_T1", "p1/right_T1", "p2/left_T1"), "in several folders"),
+        (("p1/left_T1", "p1/right_T1", "p2/left_T1"), "a protocol or a person"),
         (("p1/ses-1/p2_T1",), "names another subject than its folders"),
     ],
 )
@@ -254,6 +281,28 @@ def test_real_brains_are_recognised_by_name_as_their_manifest_says(real_data, tm
         (("site1/m01_T1", "site1/m02_T1"), "visits or subjects"),
         (("site1/m01/T1", "site1/m02/T1"), "visits or subjects"),
         (("ses-1_T1", "p1_T1"), "others a visit only"),
+        (("1234567_2_0_T1", "1234567_3_0_T1"), "two subjects or two visits"),
+        (("q7_abc_T1", "q7_xyz_T2"), "two subjects or two visits"),
+        (("q7_t1_abc", "q7_t1_xyz"), "a protocol or a person"),
+        (("q7/q7_301_T1", "q7/q7_501_T2"), "two subjects or two visits"),
+        (("q7/301_T1", "q7/501_T2"), "series of one"),
+        (("anna/301_T1", "anna/501_T2"), "series of one"),
+        (("q7v1_T1", "q7v2_T1"), "two subjects or two visits"),
+        (("q7a_T1", "q7b_T1"), "two subjects or two visits"),
+        (("v1_q7_T1", "v2_q7_T1"), "two subjects or two visits"),
+        (("v1_T1", "v2_T1"), "two subjects or two visits"),
+        (("20190301_T1", "20200301_T1"), "two subjects or two visits"),
+        (("20190301_01_T1", "20200301_01_T1"), "two subjects or two visits"),
+        (("anna_20190301_T1", "anna_20200301_T1"), "two subjects or two visits"),
+        (("study1_007_T1", "study2_007_T1"), "two subjects or two visits"),
+        (("q-07_T1", "q07_T1"), "separators or zeros"),
+        (("q7_T1", "q007_T1"), "separators or zeros"),
+        (("site1/q7/T1", "site2/q7/T1"), "in several groups"),
+        (("q7/01/T1", "q7/02/T1"), "visits or subjects"),
+        (("2021/001/T1", "2021/002/T1"), "visits or subjects"),
+        (("301_T1_q7", "501_T2_q7"), "after the contrast is the same"),
+        (("anna/anna_abc_T1", "anna/anna_xyz_T2"), "begins with another|protocols of one"),
+        (("q7_pre_mpr_x_T1", "q7_T2"), "begins with another"),
     ],
 )
 def test_one_name_of_two_persons_or_two_names_of_one_are_refused(layout, names, why):
@@ -313,3 +362,52 @@ def test_dicom_without_an_ending_is_not_lost_silently(layout):
 def test_letters_that_may_name_a_disease_need_a_person_before_them(name, contrast, identifier):
     found = parse_filename(Path(f"{name}.nii.gz"))
     assert (found.contrast, found.identifier) == (contrast, identifier)
+
+
+def test_subjects_of_freesurfer(layout):
+    names = ("T1", "orig", "brainmask", "aseg", "aparc+aseg", "wm")
+    root = layout(*(f"{person}/mri/{name}.mgz" for person in ("ann1", "bob2") for name in names))
+    cohort = Cohort.read(root)
+    first = next(iter(cohort.sessions()))
+    assert (first.subject, list(first.scans)) == ("ann1", ["T1w"])
+    assert first.masks.keys() == {"dseg"}
+    assert any("dseg: 'aparc aseg' is used and not 'aseg'" in note for note in cohort.notes)
+
+
+def test_files_of_fsl_beside_a_scan_are_not_scans(layout):
+    names = (
+        "T1",
+        "T1_brain_mask",
+        "T1_fast/T1_brain_pve_1",
+        "T1_fast/T1_brain_seg",
+        "T1_first/T1_first_all_fast_firstseg",
+    )
+    names += ("transforms/T1_to_MNI_warp", "transforms/T1_to_MNI_warp_jac")
+    cohort = Cohort.read(layout(*(f"case7/{name}.nii.gz" for name in names)))
+    assert list(cohort.table["contrast"]) == ["T1w"]
+
+
+def test_pairs_of_analyze(layout):
+    root = layout("p1/T1.img", "p1/T1.hdr", "p2/T1.img", "p2/T1.hdr", "p2/FLAIR.img")
+    cohort = Cohort.read(root)
+    assert [Path(path).name for path in cohort.table["path"]] == ["T1.img", "T1.img"]
+    assert [reason for _, reason in cohort.unused] == ["an .img without its .hdr"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "stem", "ending", "subject", "session"),
+    [
+        ("HGG/Brats17_TCIA_605_1", "Brats17_TCIA_605_1", "_t1ce", "Brats17_TCIA_605_1", "1"),
+        ("LGG/Brats18_2013_28_1", "Brats18_2013_28_1", "_t1ce", "Brats18_2013_28_1", "1"),
+        ("BraTS20_Training_044", "BraTS20_Training_044", "_t1ce", "BraTS20_Training_044", "1"),
+        ("BraTS2021_00402", "BraTS2021_00402", "_t1ce", "BraTS2021_00402", "1"),
+        ("BraTS-MET-00077-002", "BraTS-MET-00077-002", "-t1c", "BraTS-MET-00077", "002"),
+        ("BraTS-MEN-RT-0103-1", "BraTS-MEN-RT-0103-1", "_t1c", "BraTS-MEN-RT-0103", "1"),
+    ],
+)
+def test_tumours_of_every_year(layout, folder, stem, ending, subject, session):
+    mask = "_gtv" if "RT" in stem else f"{ending[0]}seg"
+    root = layout(f"{folder}/{stem}{ending}.nii.gz", f"{folder}/{stem}{mask}.nii.gz")
+    (found,) = Cohort.read(root).sessions()
+    assert (found.subject, found.session, list(found.scans)) == (subject, session, ["T1ce"])
+    assert found.masks["mask"].name == f"{stem}{mask}.nii.gz"

@@ -130,4 +130,4 @@ def test_an_age_that_is_none_stops_nothing(layout, age, noted):
     (session,) = cohort.sessions()
     assert session.covariates["age_years"] is None
     assert session.covariates["sex"] == "F"
-    assert any("1 ages are not used" in note for note in cohort.notes) == noted
+    assert any("1 × an age " in note for note in cohort.notes) == noted

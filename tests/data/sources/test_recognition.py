@@ -99,6 +99,21 @@ def test_folders_beside_bids_data_sets_are_not_lost_in_silence(tmp_path, write_s
     write_scan("two/patient_T1w.nii.gz")
     cohort = Cohort.read(tmp_path)
     assert len(cohort) == 1
-    assert [(path.name, reason.split(" (")[0]) for path, reason in cohort.unused] == [
-        ("two", "a folder that is not a BIDS data set")
+    assert [(path.name, reason.split(" (")[0]) for path, reason in cohort.rejected] == [
+        ("two", "two: a folder that is not a BIDS data set")
     ]
+
+
+@pytest.mark.parametrize("file", ["sub-4/anat/sub-4_FLAIR.nii.gz", "q4/q4_flair.nii.gz", "sub_4/ses_1/flair.nii.gz"])
+def test_a_data_set_that_was_not_fetched_says_so(tmp_path, file):
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).symlink_to("../../.git/annex/objects/aa/bb/k.nii.gz/k.nii.gz")
+    with pytest.raises(CohortError, match=r"no image is there, only links to them \(got 1 links\).*datalad get"):
+        Cohort.read(tmp_path)
+    other = tmp_path / file.replace("4", "5")
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"")
+    cohort = Cohort.read(tmp_path)
+    assert len(cohort) == 1
+    assert any(note.startswith("1 files are links whose target is not there") for note in cohort.notes)
+    assert [reason for _, reason in cohort.unused if "datalad get" in reason]

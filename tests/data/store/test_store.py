@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,25 @@ def test_a_foreign_folder_is_never_touched(cohort_folder, tmp_path):
     with pytest.raises(StoreError, match="not empty"):
         prepare(cohort_folder, tmp_path / "store", SETTINGS, overwrite=True)
     assert (tmp_path / "store" / "thesis.txt").read_text() == "mine"
+
+
+def test_what_is_no_store_says_what_to_give(small_store, cohort_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Stores" / "older").mkdir(parents=True)
+    shutil.copytree(small_store.path, tmp_path / "Stores" / "old")
+    for given, close in (("Stores/odl", "Stores/old"), ("store/old", "Stores/old"), ("Stores/OLDE", "Stores/old")):
+        with pytest.raises(StoreError, match=rf"^{given}: no such folder .*Did you mean {close}\?$"):
+            Store.open(given)
+    with pytest.raises(StoreError, match=r"^zzz: no such folder .*brainfound prepare SOURCE STORE$"):
+        Store.open("zzz")
+    for source in (cohort_folder, cohort_folder / "manifest.tsv"):
+        with pytest.raises(StoreError, match=rf"not a store .*Prepare it first: brainfound prepare {source} STORE$"):
+            Store.open(source)
+    shutil.copytree(cohort_folder, tmp_path / "my scans")
+    with pytest.raises(StoreError, match="brainfound prepare 'my scans' STORE"):
+        Store.open("my scans")
+    with pytest.raises(StoreError, match=r"^Stores/older: not a store .*Make it with: brainfound prepare SOURCE STORE"):
+        Store.open("Stores/older")
 
 
 def test_other_schemas_and_unknown_columns_are_refused(small_store, tmp_path):

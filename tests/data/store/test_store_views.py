@@ -256,6 +256,35 @@ def test_a_push_uploads_a_store_without_identifiers(small_store, tmp_path, monke
         Store.from_hub("lab/brains")
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store: Store.from_hub("lab/brains"),
+        lambda store: Store.from_hub("not an id"),
+        lambda store: store.push_to_hub("lab/brains"),
+        lambda store: next(Store.stream("lab/brains")),
+    ],
+    ids=["from_hub", "not an id", "push", "stream"],
+)
+def test_a_hub_that_cannot_be_reached_is_one_line(small_store, call):
+    with pytest.raises(StoreError, match=r"cannot be (fetched|uploaded).* \(got ") as refusal:
+        call(small_store)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_a_stream_that_breaks_off_is_one_line(small_store, monkeypatch):
+    def broken(*arguments, **options):
+        yield {**small_store.slices[0]}
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr(store_hub, "download", lambda source, **options: small_store.path)
+    monkeypatch.setattr("datasets.load_dataset", broken)
+    rows = Store.stream("lab/brains")
+    next(rows)
+    with pytest.raises(StoreError, match="cannot be streamed"):
+        next(rows)
+
+
 def test_what_store_json_says_is_true(small_store):
     facts = json.loads((small_store.path / "store.json").read_text())
     assert facts["num_sessions"] == len(small_store)

@@ -1,0 +1,143 @@
+"""One person is one subject, and two people are two, whatever identifiers, visits and protocols names are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brainfound.contrasts import UNKNOWN
+from brainfound.data.sources.named_files import _describe, _identify_subjects
+from brainfound.errors import CohortError
+
+IDENTIFIERS = (
+    *(
+        "p{n}",
+        "p{n:03d}",
+        "P-{n:03d}",
+        "S{n:02d}",
+        "sub{n:02d}",
+        "sub-{n:02d}",
+        "{n:03d}",
+        "{n}",
+        "{n:07d}",
+        "NC{n:03d}x",
+    ),
+    *("HC_{n:02d}", "patient_{n}", "study2_{n:03d}", "site1_{n:02d}", "A_B_{n:04d}", "2021_{n:03d}", "case-{n}-x"),
+    *("IXI{n:03d}-HH-1211", "BraTS2021_{n:05d}", "OAS1_{n:04d}", "10000{n:02d}_20252", "TCGA-02-{n:04d}", "{name}"),
+    *("hc_{name}", "{name}{n}", "SC_{n:02d}", "F{n:02d}", "s{n}", "3T_{n}", "GE_{n:02d}", "Muster {name}"),
+)
+NAMES = ("anna", "bob", "carl", "dora")
+VISITS = (
+    *(("v1", "v2"), ("V1", "V2"), ("ses-1", "ses-2"), ("ses01", "ses02"), ("ses_1", "ses_2"), ("visit1", "visit_2")),
+    *(("bl", "m06"), ("sc", "bl"), ("baseline", "followup"), ("tp1", "tp2"), ("m00", "m12"), ("12m", "24m")),
+    *(
+        ("20190304", "20200506"),
+        ("2019-03-04", "2020-05-06"),
+        ("2019_03_04", "2020_05_06"),
+        ("04.03.2019", "06.05.2020"),
+    ),
+    *(("190304", "200506"), ("04032019", "06052020"), ("2019", "2020"), ("2019-03", "2020-05"), ("1", "2"), ("a", "b")),
+    *(("2_0", "3_0"), ("wk04", "wk08"), ("pre-op", "post-op"), ("screening", "month_6"), ("t0", "t3"), ("xx", "yy")),
+    *(
+        ("4mar2019", "2020may06"),
+        ("20190304101112", "20200506101112"),
+        ("first", "second"),
+        ("fu", "fu2"),
+        ("d1", "d2"),
+    ),
+)
+PROTOCOLS = (
+    "",
+    "mpr",
+    "tse",
+    "tirm",
+    "space",
+    "vibe",
+    "3d",
+    "mpr_p2_iso",
+    "qqq",
+    "zzz",
+    "dark_fluid",
+    "301",
+    "501",
+    "xq7",
+)
+NUMBERED_PROTOCOLS = ("mpr_p2_iso", "301", "501", "xq7")
+PLANES = ("", "tra", "sag", "cor", "ax")
+CONTRASTS = ("t1", "T1w", "t2", "flair", "T2_FLAIR", "pd", "swi", "t1ce", "t1_gd", "t2_in_t1", "flair_to_T1", "t2_hemo")
+TEMPLATES = (
+    *(
+        "{i}/{v}/{c}",
+        "{i}_{v}/{c}",
+        "{i}/{v}_{c}",
+        "{v}/{i}_{c}",
+        "{v}/{i}/{c}",
+        "{i}/{i}_{v}_{c}",
+        "{i}/{c}",
+        "{i}_{c}",
+    ),
+    *(
+        "{i}_{v}_{c}",
+        "{v}_{i}_{c}",
+        "{c}_{i}_{v}",
+        "{i}_{c}_{v}",
+        "{i}-{v}-{c}",
+        "{i}{v}_{c}",
+        "x/{i}_{v}_{c}",
+        "{i}/x_{c}",
+    ),
+    *("site2/{i}/{v}_{c}", "site2/{i}_{v}_{c}", "{i}/{i}_{v}/{i}_{c}", "{i}/{i}_{c}", "{i}_{c}/{v}_{c}", "{i} {v} {c}"),
+)
+
+
+@dataclass(frozen=True)
+class Names:
+    """The paths of a folder, each with the person that it shows."""
+
+    persons: dict[Path, int]
+
+
+@st.composite
+def names(draw: st.DrawFn) -> Names:
+    """Up to three people of one or two visits with up to three scans, named by one pattern."""
+    identifier = draw(st.sampled_from(IDENTIFIERS))
+    template = draw(st.sampled_from(TEMPLATES))
+    # Nobody can read "p1" and "190304" without a separator, or tell "anna_1" from "case_1", and "a_07" from "hc_07".
+    numbered = "{n:" in identifier or "{n}" in identifier
+    words_only = "{i}{v}" in template or not numbered
+    known = [pair for pair in VISITS if not words_only or (pair[0][0].isalpha() and pair[0] not in ("a", "xx"))]
+    known = [pair for pair in known if not template.startswith("{v}") or pair[0] not in ("a", "xx")]
+    visits = draw(st.sampled_from(known))[: draw(st.integers(1, 2))]
+    protocols = [word for word in PROTOCOLS if numbered or word not in NUMBERED_PROTOCOLS]
+    scan = st.tuples(st.sampled_from(CONTRASTS), st.sampled_from(protocols), st.sampled_from(PLANES))
+    scans = draw(st.lists(scan, min_size=1, max_size=3, unique=True))
+    protocol_first = draw(st.booleans())
+    persons = {}
+    for number in range(draw(st.integers(1, 3))):
+        for visit in visits[: draw(st.integers(1, 2))]:
+            for contrast, protocol, plane in scans:
+                words = (protocol, contrast, plane) if protocol_first else (contrast, protocol, plane)
+                who = identifier.format(n=number + 1, name=NAMES[number])
+                name = template.format(i=who, v=visit, c="_".join(word for word in words if word))
+                persons[Path("root", f"{name}.nii.gz")] = number
+    return Names(persons)
+
+
+def subjects_by_name(paths: list[Path]) -> dict[Path, str]:
+    files = [_describe(Path("root"), path) for path in paths]
+    files = [file for file in files if not file.is_scan or file.name.contrast != UNKNOWN]
+    return {file.path: identity.subject for file, identity in _identify_subjects(Path("root"), files) if file.is_scan}
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(names())
+def test_one_person_is_one_subject_or_refused(names):
+    try:
+        found = subjects_by_name(list(names.persons))
+    except CohortError:
+        return
+    pairs = {(names.persons[path], subject) for path, subject in found.items()}
+    assert len(pairs) == len({person for person, _ in pairs}) == len({subject for _, subject in pairs}), pairs
