@@ -125,7 +125,7 @@ def check(path: Path) -> bool:
     assert peak < MAX_BYTES + (64 if corrected else 8) * scan.data.size, peak
     try:
         data, affine = _by_nibabel(path)
-    except HeaderDataError as error:
+    except (HeaderDataError, ValueError) as error:
         if "w2 should be positive" not in str(error):  # a quaternion that is a little too long
             raise
         return True
