@@ -208,7 +208,7 @@ IMPORTS = {
     "brainfound first": "import sys, brainfound; from transformers import AutoModel; " + AFTER.format(auto="AutoModel"),
     "transformers first": "import sys; from transformers import AutoModel; AutoModel; import brainfound; "
     + AFTER.format(auto="AutoModel"),
-    "configuration": "import sys, brainfound; from transformers import AutoConfig; assert 'torch' not in sys.modules; "
+    "configuration": "import sys, brainfound; assert 'torch' not in sys.modules; from transformers import AutoConfig; "
     + AFTER.format(auto="AutoConfig"),
 }
 
