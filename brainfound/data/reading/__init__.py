@@ -1,1 +1,1 @@
-"""Reading a scan: `archives` open files, `image_file` reads them, `header_geometry` checks affines; `scan` joins them."""
+"""Reading a scan: `archives` open files, `image_file` reads, `header_geometry` checks affines, `scan` joins them."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from brainfound.data.sources.file_names import MAX_B0_S_PER_MM2, UnusedFiles, natural_sort_key, stem
+from brainfound.data.sources.file_names import MAX_B0_S_PER_MM2, UnusedFiles, label_column, natural_sort_key, stem
 from brainfound.data.sources.words import read_bids_name
 
 SCANNER_COLUMNS = {
@@ -79,7 +79,7 @@ def mask_column(path: PurePath) -> str | None:
     if "sub" not in BidsName.parse(path).entities:  # such as deface_mask.nii.gz next to its scan
         return None
     if name.endswith(("_mask", "_msk", "_roi")) and "_task-" not in name and not _TISSUE.search(name):
-        return "brain_mask" if _BRAIN.search(name) else "mask"
+        return "brain_mask" if _BRAIN.search(name) else label_column(name)
     return "deface_mask" if name.endswith("_defacemask") else None
 
 

@@ -59,6 +59,8 @@ _KEPT_KEYS = {
 }
 """Sidecar keys to keep: those needed by the contrast rules and the cohort's columns."""
 
+_DERIVED_WORDS = ("PROJECTION", "SUBTRACT", "SCREEN", "PHASE MAP", "STAR_MAP", "EXPONENTIAL", "MAX_IP", "MIN_IP", "VRT")
+_NO_AGENT = {"", "none", "no", "unknown", "n/a", "na", "0", "false"}
 _WEIGHTED = {"T1w", "T1ce", "T2w", "FLAIR", "PDw"}
 """Contrasts that the times of a sequence decide."""
 _DERIVED_TYPES = {
@@ -239,17 +241,19 @@ def contrast_from_sidecar(sidecar: dict[str, Any]) -> str:
         return "ADC"
     if types & {"TRACE", "TRACEW"}:
         return "DWI"
-    if types & _DERIVED_TYPES:
+    if types & _DERIVED_TYPES or any(word in name for name in types for word in _DERIVED_WORDS):
         return UNKNOWN
     from_times = _contrast_from_times(sidecar)
-    agent = any(sidecar.get(key) for key in ("ContrastBolusIngredient", "ContrastBolusAgent"))
+    agents = (str(sidecar.get(key) or "").strip().lower() for key in ("ContrastBolusIngredient", "ContrastBolusAgent"))
+    agent = any(name not in _NO_AGENT for name in agents)
     for key in ("SeriesDescription", "ProtocolName"):
         reading = read_series_text(str(sidecar.get(key) or ""))
         if reading is None:
             continue
         weighted = {*reading.candidates, reading.contrast} <= _WEIGHTED | {UNKNOWN}
         if from_times != UNKNOWN and weighted and (reading.contrast != UNKNOWN or reading.candidates):
-            same = from_times == "T1w" and reading.contrast in ("T1w", "T1ce")
+            # Many headers of a FLAIR lack its inversion time; without it the times are those of a T2w.
+            same = (from_times, reading.contrast) in (("T1w", "T1ce"), ("T2w", "FLAIR"))
             contrast = reading.contrast if same else from_times
         else:
             contrast = reading.contrast

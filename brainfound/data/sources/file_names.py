@@ -69,8 +69,20 @@ _LESION_WORDS = {
         "metastases",
     )
 }
-_BRAIN_WORDS = {"brain", "bet", "hdbet", "synthstrip", "skullstrip", "stripped", "skullstripped", "head"}
-_PARCELLATIONS = {"aseg", "aparc", "wmparc", "synthseg", "pveseg", "firstseg", "fastseg"}
+_BRAIN_WORDS = {"brain", "bet", "hdbet", "synthstrip", "skullstrip", "stripped", "skullstripped", "head", "nonbrain"}
+_PARCELLATIONS = {
+    "aseg",
+    "aparc",
+    "wmparc",
+    "synthseg",
+    "pveseg",
+    "firstseg",
+    "fastseg",
+    "subcort",
+    "aal",
+    "dkt",
+    "atlas",
+}
 _TISSUES = {
     **dict.fromkeys(("gm", "grey", "gray", "greymatter", "graymatter"), "gm"),
     **dict.fromkeys(("wm", "white", "whitematter"), "wm"),
@@ -78,7 +90,11 @@ _TISSUES = {
     **dict.fromkeys(("ventricle", "ventricles"), "ventricle"),
     **dict.fromkeys(("hippocampus", "hippocampi", "hipp"), "hippocampus"),
     **{name: name for name in ("thalamus", "amygdala", "caudate", "putamen", "cortex", "cerebellum", "brainstem")},
-    **{name: name for name in ("skull", "scalp", "vessel", "vessels", "eyes", "tissue", "matter")},
+    **{name: name for name in ("skull", "scalp", "vessel", "vessels", "eye", "eyes", "tissue", "matter")},
+    **{
+        name: name
+        for name in ("icv", "tiv", "intracranial", "cerebrum", "cortical", "nawm", "gmwm", "fov", "background")
+    },
 }
 """Words of what a label map shows that is not a lesion, and the first part of its column."""
 _LABEL_QUALIFIERS = {
@@ -305,6 +321,12 @@ def _label_column(lower: list[str], after_contrast: int | None, path: PurePath) 
         return "deface_mask", 0
     tissue = next((_TISSUES[word] for word in lower if word in _TISSUES), None)
     return (f"{tissue}_mask", 0) if tissue else ("mask", 1)
+
+
+def label_column(name: str) -> str:
+    """The column of a map that is known to be a mask, by the words of its name: ``mask`` unless they name a tissue."""
+    words = re.split(r"[_\-. +]+", name.lower())
+    return _label_column([*words, "mask"], 0, PurePath(name))[0] or "mask"
 
 
 def describe_label_map(path: PurePath) -> str:

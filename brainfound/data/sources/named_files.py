@@ -54,6 +54,8 @@ _SKIPPED_FOLDERS = {
 }
 """Folders that never name a subject; folders named after a contrast do not either."""
 _LABEL_FOLDERS = {"label", "labels", "labelstr", "labelsts", "mask", "masks", "seg", "segmentations"}
+_SPM_PREFIX = re.compile(r"^(?:s\d+)?(?:m?w?r?(?:wp|wc|rc|c|p)\d|wm|mw|wr|[rwm])(?=[a-z]+[_-]?\d)")
+"""What SPM puts before the name of a scan that it has realigned, warped, corrected or segmented."""
 _PROTOCOL_OPTION = re.compile(r"[pe]\d")
 """Acceleration and echo: ``p2`` after a contrast, where it is no subject."""
 _SPLITS = {
@@ -369,6 +371,12 @@ def _require_unambiguous(identified: list[tuple[_File, SubjectIdentity]]) -> Non
         other = by_spelling.setdefault(spelling(subject), subject)
         if other != subject:
             _refuse("two subjects differ in separators or zeros only", f"{other} and {subject}")
+    by_original: dict[str, str] = {}
+    for subject in subjects:
+        original = _SPM_PREFIX.sub("", subject.lower())
+        other = by_original.setdefault(original, subject)
+        if other != subject:
+            _refuse("a prefix of processing (r, w, c1, …) may be one subject's", f"{other} and {subject}")
     by_words = {split_words(subject): subject for subject in subjects}
     by_number: dict[tuple[str, ...], str] = {}
     by_person: dict[tuple[str | int, ...], str] = {}

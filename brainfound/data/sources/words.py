@@ -19,7 +19,7 @@ from brainfound.errors import UsageError
 
 _CONTRAST_WORDS = {
     "T1w": "mprage mp-rage memprage spgr fspgr bravo tfl mp2rage t1-weighted uni-images",
-    "T1ce": "t1-c t1gad t1gado t1-post",
+    "T1ce": "t1-c t1gad t1gado",
     "T2w": "t2-weighted",
     "FLAIR": "dark-fluid darkfl da-fl",
     "PDw": "proton-density",
@@ -31,6 +31,7 @@ _CONTRAST_WORDS = {
 }
 """Words of a contrast, besides its aliases (`brainfound.contrasts`). A hyphen stands where a name may be divided."""
 NO_CONTRAST, IN_DOUBT = "no known contrast in the name", "in doubt"
+_NO_AGENT_ENTITIES = {"none", "no", "pre", "without", "nativ", "native", "false", "0"}
 AMBIGUOUS_WORDS = {"pd", "md", "fl"}
 """In a file name, a contrast only after a subject's number: ``PD_001`` is from a study of Parkinson's disease."""
 _PLANES = "ax axial tra trans transverse transversal sag sagittal cor coronal obl oblique"
@@ -39,34 +40,37 @@ _SEQUENCES = (
     " caipi sense grappa fs nofs fatsat fat-sat iso isotropic hires highres lowres thin thick"
 )
 _WORDS = {
-    "agent": "post gd gad gado gadolinium gadovist gadavist dotarem ce km kontrast contrast enhanced enh"
-    " post-contrast post-gad post-gado post-gd post-ce post-km post-gadolinium with-contrast with-gd wc plusc plusgd"
-    " plusgad pluskm",
-    "no agent": "pre non no without wo ohne nativ native pre-contrast pre-gad pre-gado pre-gd pre-ce pre-km"
-    " no-gd no-gad no-contrast non-contrast non-enhanced unenhanced without-contrast wo-contrast non-ce no-ce",
+    "agent": "post gd gad gado gadolinium gadovist gadavist dotarem magnevist omniscan prohance multihance"
+    " clariscan ce km kontrast kontrastmittel contrast contraste enhanced enh nach-km mit-km injecte civ mdc"
+    " post-contrast post-gad post-gado post-gd post-ce post-km post-gadolinium with-contrast with-gd wc plusc"
+    " plusgd plusgad pluskm",
+    "no agent": "pre non no without wo ohne vor kein keine sans avant sin zonder utan nativ native pre-contrast"
+    " pre-gad pre-gado pre-gd pre-ce pre-km no-gd no-gad no-contrast non-contrast non-enhanced unenhanced"
+    " without-contrast wo-contrast non-ce no-ce",
     "visit": "post-op pre-op post-surgery pre-surgery post-surgical pre-surgical post-treatment pre-treatment",
     "target": "to onto in on reg coreg registered coregistered rigid aligned space",
     "inversion": "ir irprep ir-prep tirm",
     "gradient echo": "gre ffe fl2d fl3d flash hemo haem",
     "protocol": f"{_PLANES} {_SEQUENCES} p2 p3 p4 3d 2d 3t 7t seq sequence series acq wip w weighted norm nd dis2d"
-    " dis3d filt uni den uni-den"
-    " magnitude mag",
-    "a map": "map maps mapping mapit t1map t2map t1-images r1 r2 r2s r2star qt1 qt2 qsm mtr mtsat mwf relaxometry"
-    " fieldmap b0map b1map fa eadc cbf cbv mtt ttp tmax rcbv rcbf",
+    " dis3d filt uni den uni-den magnitude mag",
+    "a map": "map maps karte mapa thickness molli symri magic synthetic synthsr predicted aniso anisotropy odi"
+    " colfa exponential sbref nodif b0 s0 meanb0 mapping mapit t1map t2map t1-images r1 r2 r2s r2star qt1 qt2 qsm"
+    " mtr mtsat mwf relaxometry fieldmap b0map b1map fa eadc cbf cbv mtt ttp tmax rcbv rcbf",
     "a phase image": "phase phas pha ph imag imaginary real unwrapped",
     "a map of probabilities or tissues": "pve prob probs probability probabilities probmap probseg posterior"
     " posteriors",
-    "a deformation field": "warp warpfield coef jac jacobian deformation displacement",
+    "another modality": "ct cta pet fdg amyloid suv suvr dsa oct mrv",
+    "a deformation field": "field coeff coef biasfield warp warpfield jac jacobian deformation displacement",
     "a projection": "mip minip mnip projection projections",
-    "a subtraction": "subtraction subtracted substraction",
-    "one inversion of an MP2RAGE": "inv inv1 inv2",
+    "a subtraction": "sub subtraction subtraktion subtracted substraction minus",
+    "one inversion of an MP2RAGE": "inv inv1 inv2 ti1 ti2 first-inversion second-inversion",
     "a localizer": "loc localizer localiser scout survey aahead aascout asset shim calib calibration",
     "a functional or perfusion series": "bold fmri rest resting asl pasl pcasl perf perfusion dsc dce pwi",
     "no structural contrast": "spectro spectroscopy svs csi mrs screensave screen-save report phoenix cine dixon"
     " mt dir stir psir fgatir dti tensor",
-    "another part of the body": "spine cspine tspine lspine spinal cervical thoracic lumbar sacral neck knee"
-    " shoulder wrist ankle elbow foot abdomen abdominal liver kidney prostate pelvis breast heart cardiac chest"
-    " thorax lung carotid carotids",
+    "another part of the body": "hws bws lws rachis lombaire columna orbita knie leber lunge mrcp myelo spine"
+    " cspine tspine lspine spinal cervical thoracic lumbar sacral neck knee shoulder wrist ankle elbow foot"
+    " abdomen abdominal liver kidney prostate pelvis breast heart cardiac chest thorax lung carotid carotids",
 }
 """Words by what they mean; from "a map" on, they say that an image is no scan of the cohort."""
 _BIDS_SUFFIXES = {suffix: contrast.name for contrast in CONTRASTS.values() for suffix in contrast.bids_suffixes}
@@ -189,7 +193,7 @@ def read_bids_name(entities: Mapping[str, str], suffix: str) -> Reading:
     if contrast == UNKNOWN:
         return Reading(UNKNOWN, f"no known contrast ({suffix})" if entities else NO_CONTRAST)
     reading = _read_entities(contrast, [entities.get(key, "") for key in ("acq", "rec")])
-    if reading.contrast == "T1w" and entities.get("ce", "none") != "none":
+    if reading.contrast == "T1w" and entities.get("ce", "none").lower() not in _NO_AGENT_ENTITIES:
         return replace(reading, contrast="T1ce")
     return reading
 
@@ -314,6 +318,7 @@ def _atoms(word: str) -> tuple[str, ...]:
     (('t1', 'plusc'), ('flair', 'to', 't1'), ('t2star',), ('p001',))
     """
     word = re.sub(r"\+(?:c|gd|gad|km)(?![a-z0-9])|(?<![a-z0-9])(?:c|gd)\+", " plusc ", word).replace("t2*", "t2star")
+    word = re.sub(r"(?<![a-z0-9])-(?:c|gd|gad|km)(?![a-z0-9])|(?<![a-z0-9])c-(?![a-z0-9])", " without ", word)
     atoms: list[str] = []
     for part in re.findall(r"[^\W_]+", word):
         pieces = None if (part,) in _TABLE else _unglue(part)

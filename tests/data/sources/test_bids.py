@@ -404,6 +404,12 @@ def test_a_folder_of_dicom_is_not_bids_for_its_names(layout):
     assert bids.can_read(root)
 
 
+def test_masks_of_brains_and_tissues_are_no_lesions(layout):
+    names = ("T1w_brain_mask", "desc-hdbet_mask", "label-ventricles_mask", "desc-deface_mask", "label-lesion_mask")
+    columns = {name: mask_column(Path(f"sub-5_{name}.nii.gz")) for name in names}
+    assert list(columns.values()) == ["brain_mask", "brain_mask", "ventricle_mask", "deface_mask", "mask"]
+
+
 def test_masks_of_strokes_lie_in_derivatives_without_a_pipeline(layout):
     root = layout(
         "sub-strokecase0007/ses-0001/dwi/sub-strokecase0007_ses-0001_dwi.nii.gz",

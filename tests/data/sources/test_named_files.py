@@ -213,6 +213,8 @@ def test_folders_of_subjects_visits_and_groups(layout, contents, names, expected
         (("p1_T1", "T1"), "some names say a subject and others none"),
         (("a/b/c/T1",), "too deep"),
         (("p1_pre_T1", "p1_post_T1"), "visits or a contrast agent"),
+        (("p001_T1", "rp001_FLAIR"), "prefix of processing"),
+        (("case07_T1", "c1case07_T2", "wmcase07_FLAIR"), "prefix of processing"),
         (("study2021_001_T1", "study2021_002_T1"), "two subjects or two visits"),
         (("participant1_1_T1", "participant1_2_T1"), "two subjects or two visits"),
         (("p1/left_T1", "p1/right_T1", "p2/left_T1"), "a protocol or a person"),

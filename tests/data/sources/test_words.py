@@ -36,6 +36,9 @@ def contrast(name: str) -> str:
         ),
         ("T1_FLAIR p7_T2_T1 PD_and_T2 t2_tirm_cor p7_post_T1 T2_space_FLAIR T1_pre_post", "unknown"),
         ("T2_cspine T1_knee MRA_neck t2_tse_lumbar localizer_T1 bold_rest T1_subtraction STIR", "unknown"),
+        ("T1_vor_KM t1_kein_KM T1_sans_gado T1_Post-Op p7_T1_post_surgery", "T1w"),
+        ("T1_Kontrastmittel t1_tse_nach_KM MPRAGE_Dotarem", "T1ce"),
+        ("CT_to_T1 PET_in_T1 T1_SUB T1_Subtraktion t2_HWS T1_LWS dwi_b0 MP2RAGE_TI1 T1-Karte CTA_angio", "unknown"),
         ("dwi_b1000 trace ep2d_diff_b1000", "DWI"),
         ("adc ADC_map dwi_adc", "ADC"),
     ],
@@ -57,6 +60,7 @@ def test_words_of_file_names(names, expected):
         ("sub-1_space-T1w_FLAIR", "FLAIR"),
         ("sub-1_ce-gd_acq-sag_T1w", "T1ce"),
         ("sub-1_UNIT1", "T1w"),
+        ("sub-1_ce-pre_T1w", "T1w"),
     ],
 )
 def test_entities_of_bids_names(name, expected):
@@ -172,6 +176,10 @@ def test_many_composed_names_never_get_another_contrast(parts):
     ("text", "expected"),
     [
         ("T1 SAG C+", "T1ce"),
+        ("AX T1 -C", "T1w"),
+        ("t1_tse_tra vor KM", "T1w"),
+        ("T1 Post-Op", "T1w"),
+        ("DWI b0", "unknown"),
         ("t2_spc_da-fl_irprep_sag_p2_iso", "FLAIR"),
         ("T2W_FFE", "T2starw"),
         ("Sag T1 FLAIR", "T1w"),
