@@ -59,6 +59,12 @@ def test_volumes_of_the_decathlon_are_channels(layout, tmp_path):
         read_image_header(root / "imagesTr" / "BR_001.nii.gz")
 
 
+def test_cases_that_may_be_one_person_are_refused(layout):
+    root = layout(*(f"imagesTr/{case}_0000.nii.gz" for case in ("p7", "P07", "q8")))
+    with pytest.raises(CohortError, match="two cases may be one person"):
+        Cohort.read(describe(root, channel_names={"0": "T1"}, labels={}))
+
+
 def test_channels_without_a_contrast_and_cases_in_both_parts_are_refused(layout):
     root = describe(layout("imagesTr/a1_0000.nii.gz"), channel_names={"0": "CT"}, labels={})
     with pytest.raises(CohortError, match=r"no channel has a known contrast.*CT"):
