@@ -201,7 +201,7 @@ def export(
 ) -> Path:
     """Write export/: `weights` of the encoder, reached at `step`, with preprocessing, input contract and card.
 
-    `history` is that of the starting model; with the store it is written beside the weights.
+    `history` is that of the starting model; with the store it is written next to the weights.
 
     It is written under another name and then renamed, so that export/ is always complete.
 

@@ -208,7 +208,7 @@ def _pair(path: Path) -> tuple[Path, Path]:
     if size_and_mtime(other) is None:
         if other.is_symlink():
             open_binary(other)  # its error says how to fetch the file
-        expected = f"the {other_suffix} file of the same name beside it"
+        expected = f"the {other_suffix} file of the same name in its folder"
         remedy = "Copy both files, or convert them to one .nii.gz"
         raise ScanError("half of a pair is missing", where=path.name, expected=expected, remedy=remedy)
     if size_and_mtime(path.with_name(stem + ".mat")) is not None:

@@ -157,7 +157,7 @@ def _nonfinite_error(count: int, size: int, path: Path, where: str = "") -> Scan
 def _fill_nonfinite(scan: Scan, path: Path) -> str:
     """Give a few NaN or infinite voxels outside of the head the value of the background; returns the note on it.
 
-    ScanError: they are too many, or one of them lies in the head or beside it.
+    ScanError: they are too many, or one of them lies in the head or touches it.
     """
     data = scan.data
     faulty = ~np.isfinite(data)

@@ -302,7 +302,7 @@ def read_collection(path: Path, work: Path | None = None) -> SourceTable:
     originals = [folder for folder in datasets if folder.name.lower() not in _COPIES]
     others = [folder for folder in subfolders(path, "[!.]*") if folder not in datasets]
     if originals:
-        unused += [(folder, "a copy of the data set beside it") for folder in datasets if folder not in originals]
+        unused += [(folder, "a copy of the data set next to it") for folder in datasets if folder not in originals]
         datasets = originals
     for folder in others:
         is_lost = folder.name.lower() not in _COPIES and contains_image([folder])
@@ -342,7 +342,7 @@ def read_collection(path: Path, work: Path | None = None) -> SourceTable:
 
 
 def _has_manifest(folder: Path) -> bool:
-    """Whether a data set is read by its manifest. One of another program beside ``sub-*`` folders does not count."""
+    """Whether a data set is read by its manifest. One of another program next to ``sub-*`` folders does not count."""
     return not can_read(folder) or manifest.find_subjects(folder) is not None
 
 

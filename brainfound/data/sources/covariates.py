@@ -111,7 +111,7 @@ def _parse_ages(values: pd.Series, units_per_year: float, name: str, notes: list
 
 
 def _parse_age(value: Any, units_per_year: float) -> float:
-    """An age in years; NaN if it is not a number. A unit beside the number outranks that of the sidecar."""
+    """An age in years; NaN if it is not a number. A unit after the number outranks that of the sidecar."""
     if is_missing(value) or isinstance(value, bool):
         return math.nan
     text = str(value).strip().lower()

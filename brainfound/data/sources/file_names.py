@@ -28,7 +28,7 @@ UnusedFiles = list[tuple[Path, str]]
 """Files that are not scans of the cohort, each with the reason."""
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".img", ".img.gz")
-"""The voxels of a pair (``.img``) stand for it; its ``.hdr`` lies beside them."""
+"""The voxels of a pair (``.img``) stand for it; its ``.hdr`` lies in the same folder."""
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 BROKEN_LINK = "a link whose target is not there (download the file first)"
 MAX_B0_S_PER_MM2 = 5
@@ -177,7 +177,7 @@ def iter_images(folder: Path, unused: UnusedFiles, *, without: Iterable[Path] = 
 
 
 def _has_header(file: Path) -> bool:
-    """Whether the header of a pair lies beside its voxels."""
+    """Whether the header of a pair lies in the folder of its voxels."""
     return any((file.parent / f"{stem(file)}{ending}").is_file() for ending in (".hdr", ".HDR", ".hdr.gz"))
 
 

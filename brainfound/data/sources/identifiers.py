@@ -1,6 +1,6 @@
 """Who is a person: the subject, the visit and the site that a free-form identifier names.
 
-An identifier is what a name of a file or folder says beside the contrast: ``p07_v2_mpr`` is the subject ``p07`` at the
+An identifier is what a name of a file or folder says besides the contrast: ``p07_v2_mpr`` is the subject ``p07`` at the
 visit ``v2``, scanned with the protocol ``mpr``.
 """
 
@@ -92,7 +92,7 @@ class SubjectIdentity:
     certain: bool
     """Whether the identifier has the form of a public data set."""
     words: tuple[str, ...] = field(default=(), repr=False)
-    """Words beside the subject that are not known: those of a protocol, or, rarely, of another person."""
+    """Words besides the subject that are not known: those of a protocol, or, rarely, of another person."""
 
 
 def parse_identifier(identifier: str) -> SubjectIdentity:

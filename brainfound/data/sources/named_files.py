@@ -106,7 +106,7 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
         for file in iter_files(path, [])
         if re.fullmatch(r"(?:\.\d*)?", file.suffix) or file.suffix.lower() in DICOM_SUFFIXES
     )
-    unused += [(file, "DICOM beside images is not read") for file in maybe_dicom if is_dicom(file)]
+    unused += [(file, "DICOM in a folder of images is not read") for file in maybe_dicom if is_dicom(file)]
     identified = _identify_subjects(path, files)
     rows: list[dict[str, Any]] = []
     label_maps: list[LabelMapRow] = []

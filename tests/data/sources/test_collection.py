@@ -99,5 +99,5 @@ def test_names_in_several_data_sets_are_said_and_sourcedata_is_passed_over(layou
     assert sorted(contents(cohort)) == [("siteA_sub-01", "1"), ("siteB_sub-01", "1")]
     assert any("1 names of subjects are in several data sets" in note for note in cohort.notes)
     assert [(file.name, reason) for file, reason in cohort.unused] == [
-        ("sourcedata", "a copy of the data set beside it")
+        ("sourcedata", "a copy of the data set next to it")
     ]
