@@ -254,7 +254,9 @@ def test_public_sets_in_their_folders(layout, contents):
 
 def test_dicom_beside_images_is_not_lost_silently(layout):
     cohort = Cohort.read(layout("p1_T1.nii.gz", "p1/raw.dcm"))
-    assert [(file.name, reason) for file, reason in cohort.unused] == [("raw.dcm", "DICOM in a folder of images is not read")]
+    assert [(file.name, reason) for file, reason in cohort.unused] == [
+        ("raw.dcm", "DICOM in a folder of images is not read")
+    ]
 
 
 def test_real_brains_are_recognised_by_name_as_their_manifest_says(real_data, tmp_path):
