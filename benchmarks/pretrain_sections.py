@@ -20,7 +20,7 @@ from workers import Worker
 
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.store.prepare import prepare
-from brainfound.models.hub import silence_transformers
+from brainfound.models.model_folder import silence_transformers
 from brainfound.phantom import write_phantom_cohort
 from brainfound.training.process import probe_precision
 

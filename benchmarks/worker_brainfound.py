@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from brainfound.data.augmentation import MultiCrop
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.recipe import PretrainRecipe
-from brainfound.pretraining.task import PretrainTask
+from brainfound.pretraining.training_task import PretrainTask
 from brainfound.recipes import validate
 
 ENDLESS = 1_000_000

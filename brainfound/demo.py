@@ -131,7 +131,7 @@ def make_checkpoint(folder: Path, image_size: int) -> Path:
     import torch
     from transformers import Dinov2Config, Dinov2Model
 
-    from brainfound.models.hub import silence_transformers
+    from brainfound.models.model_folder import silence_transformers
 
     config = Dinov2Config(
         hidden_size=96, num_hidden_layers=4, num_attention_heads=3, image_size=image_size, patch_size=8

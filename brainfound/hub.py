@@ -48,6 +48,7 @@ def cache_if_hub_is_away() -> Iterator[None]:
 def _is_away() -> bool:
     global _last_answer
     from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import get_session
 
     with _lock:
@@ -56,7 +57,7 @@ def _is_away() -> bool:
             return away
         try:
             status = get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT).status_code
-        except Exception:  # the errors belong to the HTTP library of the installed huggingface_hub
+        except (HTTPError, OSError):
             status = 503
         _last_answer = constants.ENDPOINT, time.monotonic(), status >= 500
         return _last_answer[2]

@@ -31,7 +31,7 @@ from transformers.utils import cached_file
 
 from brainfound.errors import ModelError
 from brainfound.hub import cache_if_hub_is_away
-from brainfound.models.hub import (
+from brainfound.models.model_folder import (
     reading_model,
     require_coverage,
     require_findable,

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 from transformers import AttentionInterface
 
 from brainfound.errors import ModelError
-from brainfound.models.hub import first_line
+from brainfound.models.model_folder import first_line
 
 # Size of the scores of one piece: about the cache of one core.
 _PIECE_BYTES = {"cpu": 2 * 2**20}

@@ -20,7 +20,7 @@ from brainfound.errors import ModelError, UsageError
 from brainfound.hub import cache_if_hub_is_away
 from brainfound.models.backbones import FAMILIES, get_patch_size
 from brainfound.models.configuration import BrainFoundConfig, config_fields
-from brainfound.models.hub import (
+from brainfound.models.model_folder import (
     is_hub_id,
     list_keys,
     reading_model,
@@ -81,7 +81,7 @@ def read_history(source: str | Path) -> TrainingHistory:
         try:
             with cache_if_hub_is_away():
                 folder = Path(hf_hub_download(str(source), HISTORY_FILE)).parent
-        except Exception:  # no such file, or one of the many errors of the Hub's HTTP library
+        except OSError:  # no such file, or no answer
             return TrainingHistory()
     return TrainingHistory.load(folder)
 

@@ -29,8 +29,8 @@ from brainfound.data.splits.training_history import TrainingHistory
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError, UsageError
 from brainfound.models import BrainFoundModel
-from brainfound.models.hub import silence_transformers
 from brainfound.models.loading import read_history
+from brainfound.models.model_folder import silence_transformers
 from brainfound.pretraining.dry_run import TargetHardware, report_dry_run
 from brainfound.pretraining.preflight import run_preflight_checks
 from brainfound.pretraining.recipe import (
@@ -41,7 +41,7 @@ from brainfound.pretraining.recipe import (
     resolve_recipe,
 )
 from brainfound.pretraining.starting_model import FROM_SCRATCH, build_model
-from brainfound.pretraining.task import PretrainTask, make_task
+from brainfound.pretraining.training_task import PretrainTask, make_task
 from brainfound.report.cards import write_model_card
 from brainfound.training import distributed, run_folder
 from brainfound.training.checkpoint import wrap_write_errors

@@ -21,7 +21,7 @@ from matplotlib.ticker import StrMethodFormatter
 
 from brainfound.metrics.registry import METRICS, metric_name
 from brainfound.report.figures import PALETTE, save_figure
-from brainfound.report.run_folder import CURVES_FILE, RunFolder
+from brainfound.report.run_reader import CURVES_FILE, RunFolder
 
 _COLOURS = (*PALETTE, "#666666")
 _ALARM, _BEST = "#B00020", "#D55E00"

@@ -27,7 +27,7 @@ from brainfound.data.store import Store
 from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
 from brainfound.recipes import AnyRecipe, Recipe, validate
 from brainfound.report.curves import plot_curves
-from brainfound.report.run_folder import RunFolder
+from brainfound.report.run_reader import RunFolder
 from brainfound.training import distributed
 from brainfound.training.checkpoint import (
     checkpoint_path,

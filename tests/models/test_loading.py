@@ -30,8 +30,8 @@ from brainfound.models import (
 )
 from brainfound.models.aggregators import AGGREGATORS
 from brainfound.models.decoders import DECODERS
-from brainfound.models.hub import require_finite
 from brainfound.models.loading import is_brainfound, load_initial_model, read_history
+from brainfound.models.model_folder import require_finite
 
 HEADS = (BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation)
 

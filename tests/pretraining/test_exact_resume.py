@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from brainfound.pretraining.pretrain import pretrain
-from brainfound.pretraining.task import PretrainTask
+from brainfound.pretraining.training_task import PretrainTask
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
 CLOCK = {"seconds_per_step", "images_per_second", "data_wait"}
@@ -34,7 +34,7 @@ import torch
 torch.set_num_threads(1)
 from brainfound.training import checkpoint
 from brainfound.pretraining.pretrain import pretrain
-from brainfound.pretraining.task import PretrainTask
+from brainfound.pretraining.training_task import PretrainTask
 
 recipe, store, out, order = sys.argv[1:5]
 die_at, term_at, die_saving, falls, die_rolling = (

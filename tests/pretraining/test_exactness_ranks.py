@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from brainfound.data.augmentation import MultiCrop
 from brainfound.pretraining.objectives import losses, masked_autoencoder, self_distillation
-from brainfound.pretraining.task import PretrainTask
+from brainfound.pretraining.training_task import PretrainTask
 from brainfound.training import run_folder
 
 STEPS = 3
@@ -78,7 +78,7 @@ from brainfound.pretraining import pretrain as pretraining
 from brainfound.training import run_folder
 from brainfound.pretraining.objectives import masked_autoencoder, self_distillation
 from brainfound.pretraining.objectives.masking import PatchSplit
-from brainfound.pretraining.task import PretrainTask
+from brainfound.pretraining.training_task import PretrainTask
 
 store, folder, runs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

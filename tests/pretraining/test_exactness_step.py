@@ -24,7 +24,7 @@ from transformers import AutoModel, Dinov2WithRegistersConfig, Dinov2WithRegiste
 
 from brainfound.pretraining.objectives import self_distillation
 from brainfound.pretraining.pretrain import pretrain
-from brainfound.pretraining.task import PretrainTask
+from brainfound.pretraining.training_task import PretrainTask
 
 SETTINGS = {
     "seed": 3,

@@ -20,7 +20,7 @@ from brainfound.errors import BrainFoundError, RecipeError, TrainingError, Usage
 from brainfound.models import BrainFoundModel
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.recipe import PretrainRecipe
-from brainfound.pretraining.task import PretrainTask
+from brainfound.pretraining.training_task import PretrainTask
 
 
 def lines(run: Path, key: str = "loss") -> list[dict]:
@@ -214,7 +214,7 @@ def test_a_disk_that_is_full_before_the_first_step_leaves_no_export(store, recip
     def full(weights, file):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("brainfound.pretraining.task.save_file", full)
+    monkeypatch.setattr("brainfound.pretraining.training_task.save_file", full)
     with pytest.raises(TrainingError, match="No space left"):
         pretrain(recipe(), store, out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "export").exists()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from brainfound.pretraining.objectives import losses
 from brainfound.pretraining.objectives import prototypes as prototype_losses
-from brainfound.pretraining.objectives.distillation_model import backward_per_pass
+from brainfound.pretraining.objectives.encoder_with_heads import backward_per_pass
 from brainfound.pretraining.objectives.losses import cross_entropy, sinkhorn_knopp
 from brainfound.pretraining.objectives.prototypes import Assignments, Projection, normalise_rows
 

@@ -25,7 +25,7 @@ from brainfound.errors import TrainingError
 from brainfound.models import BrainFoundModel
 from brainfound.pretraining.monitoring.guard import Guard
 from brainfound.pretraining.pretrain import pretrain
-from brainfound.pretraining.task import PretrainTask
+from brainfound.pretraining.training_task import PretrainTask
 
 SIDE, NUM_SLICES = 32, 10
 COMMON = (

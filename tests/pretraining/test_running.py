@@ -14,7 +14,7 @@ from brainfound.pretraining.objectives.registry import make_objective
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.recipe import PretrainEngineRecipe, resolve_auto_settings
 from brainfound.pretraining.starting_model import TrainedPartRecipe
-from brainfound.pretraining.task import apply_engine_settings
+from brainfound.pretraining.training_task import apply_engine_settings
 
 CPU = torch.device("cpu")
 

@@ -41,7 +41,7 @@ pretrain(sys.argv[1], sys.argv[2], out=sys.argv[3], quiet=True, resume="--resume
 
 # Each rank writes its teacher's weights, and what the losses say of its part of a batch that all know.
 TWO_RANKS_BEFORE = """
-from brainfound.pretraining.task import PretrainTask
+from brainfound.pretraining.training_task import PretrainTask
 tasks = []
 prepare = PretrainTask.make_optimizer
 def make_optimizer(self):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from brainfound.pretraining.objectives.distillation_model import DistillationModel
+from brainfound.pretraining.objectives.encoder_with_heads import DistillationModel
 from brainfound.training.optim import (
     OptimRecipe,
     allocate_moments,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from brainfound.errors import RecipeError, TrainingError
 from brainfound.models import BrainFoundModel
 from brainfound.pretraining.pretrain import pretrain
-from brainfound.pretraining.task import PretrainTask
+from brainfound.pretraining.training_task import PretrainTask
 from brainfound.training import distributed
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
@@ -127,7 +127,7 @@ def test_the_best_teacher_that_cannot_be_kept_ends_the_run_on_all_ranks(store, r
         run_on_main_rank(work, is_main)
 
     monkeypatch.setattr(distributed, "run_on_main_rank", recording)
-    monkeypatch.setattr("brainfound.pretraining.task.save_file", refused)
+    monkeypatch.setattr("brainfound.pretraining.training_task.save_file", refused)
     content = recipe("engine.steps=2", "probe.every=2")
     with pytest.raises(TrainingError, match="the encoder of the best probe cannot be written .*quota") as error:
         pretrain(content, store, out=tmp_path / "run", quiet=True)

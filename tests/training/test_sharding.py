@@ -67,7 +67,7 @@ run("fsdp-then-ddp", "ddp", start="fsdp")
 run("fsdp-again", "fsdp", start="fsdp")
 
 # The loss of one rank is not finite in one step: no rank moves anything in it.
-from brainfound.pretraining.task import PretrainTask
+from brainfound.pretraining.training_task import PretrainTask
 loss, after_step = PretrainTask.loss, PretrainTask.after_step
 states = []
 def broken_loss(self, model, batch, step, micro_batch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -44,10 +45,12 @@ _REPAIR = "Repair the header's sform or qform"
 _UNITS = {0: "", 1: "metres", 2: "", 3: "micrometres"}
 
 
-def header_affine(header: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray, AffineSource, list[str]]:
+def header_affine(
+    header: Any, shape: tuple[int, int, int], repairs: Sequence[str]
+) -> tuple[np.ndarray, AffineSource, list[str]]:
     """The affine ``(4, 4)`` of a NIfTI, Analyze or MGH header, as nibabel chooses it, its source, and notes on doubts.
 
-    ``shape`` is that of the volume, at whose corners affines are compared.
+    ``shape`` is that of the volume, at whose corners affines are compared; ``repairs`` are nibabel's messages.
     """
     notes = _normalise_quaternion(header) if isinstance(header, Nifti1Header) else []
     affine = np.asarray(header.get_best_affine(), dtype=np.float64)
@@ -66,6 +69,8 @@ def header_affine(header: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray,
             notes.append(f"the header's lengths are in {unit}; they were read as millimetres")
         if source == "sform":
             notes += _compare_with_pixdim(header, affine)
+    if source != "sform" and any("non-zero" in text for text in repairs):  # nibabel would assume 1 mm
+        raise ValueError("its header says a voxel size of 0 mm")
     if source == "header size only":
         notes.append("no orientation in the header; taken from voxel sizes, left-right may be wrong")
     return affine, source, notes

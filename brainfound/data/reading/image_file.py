@@ -114,7 +114,7 @@ def read_image_header(path: Path) -> ImageHeader:
             offset = MGH_OFFSET if is_mgh else int(header.get_data_offset())
             skipped = 0 if volume is None else math.prod(shape_3d) * dtype.itemsize
             slope, inter = (None, None) if is_mgh else header.get_slope_inter()
-            affine, source, notes = header_affine(header, shape_3d)
+            affine, source, notes = header_affine(header, shape_3d, messages.texts)
             spatial = spatial_header(header)
     except HEADER_ERRORS as error:
         raise unreadable_error(path, error) from error
@@ -124,11 +124,7 @@ def read_image_header(path: Path) -> ImageHeader:
     _check_declared_size(data_path, offset, shape_3d if volume is None else shape, dtype)
     if volume is not None:
         offset, max_tail = offset + volume * skipped, max_tail + (shape[3] - volume - 1) * skipped
-    texts = messages.texts
-    if source == "sform":
-        texts = [text for text in texts if "qfac" not in text]
-    elif any("non-zero" in text for text in texts):  # nibabel would assume 1 mm
-        raise unreadable_error(path, "its header says a voxel size of 0 mm")
+    texts = [text for text in messages.texts if source != "sform" or "qfac" not in text]
     return ImageHeader(
         path=path,
         data_path=data_path,

@@ -34,7 +34,7 @@ from brainfound.pretraining.preflight import run_preflight_checks
 from brainfound.pretraining.recipe import PretrainEngineRecipe, PretrainRecipe, resolve_auto_settings
 from brainfound.pretraining.slices import PretrainBatch
 from brainfound.pretraining.starting_model import build_meta_model, build_model
-from brainfound.pretraining.task import PretrainTask, make_task
+from brainfound.pretraining.training_task import PretrainTask, make_task
 from brainfound.training import distributed
 from brainfound.training.engine import Engine
 from brainfound.training.process import make_accelerator, make_console

@@ -51,15 +51,6 @@ class TrainedModel(nn.Module):
         return compute_loss(self)
 
 
-class EncoderWithHeads(TrainedModel):
-    """An encoder (not copied) with named heads."""
-
-    def __init__(self, encoder: SliceEncoder, heads: dict[str, nn.Module]) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.heads = nn.ModuleDict(heads)
-
-
 @dataclass(frozen=True)
 class StepFlops:
     """FLOPs of a micro-batch by model; the student's are forward and backward."""

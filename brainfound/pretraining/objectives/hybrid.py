@@ -14,7 +14,7 @@ from torch import nn
 from brainfound.data.augmentation import ViewsRecipe
 from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.objectives.base import LossAndMetrics, StepFlops, TrainedModel
-from brainfound.pretraining.objectives.distillation_model import DistillationModel
+from brainfound.pretraining.objectives.encoder_with_heads import DistillationModel
 from brainfound.pretraining.objectives.heads import PixelDecoder
 from brainfound.pretraining.objectives.masked_autoencoder import PatchMasking, ReconstructionRecipe, reconstruct
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation, SelfDistillationRecipe

@@ -26,12 +26,12 @@ from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.objectives.base import (
     AnchoredObjective,
     AnchorRecipe,
-    EncoderWithHeads,
     LossAndMetrics,
     StepFlops,
     encoder_flops,
     matmul_flops,
 )
+from brainfound.pretraining.objectives.encoder_with_heads import EncoderWithHeads
 from brainfound.pretraining.objectives.heads import PixelDecoder, PixelDecoderRecipe
 from brainfound.pretraining.objectives.losses import at_least_float32
 from brainfound.pretraining.objectives.masking import num_hidden_patches, sample_hidden_patches

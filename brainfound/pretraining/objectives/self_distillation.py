@@ -37,7 +37,7 @@ from brainfound.pretraining.objectives.base import (
     encoder_flops,
     matmul_flops,
 )
-from brainfound.pretraining.objectives.distillation_model import (
+from brainfound.pretraining.objectives.encoder_with_heads import (
     DistillationModel,
     DistillationOutput,
     backward_per_pass,

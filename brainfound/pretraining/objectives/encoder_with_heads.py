@@ -15,10 +15,19 @@ from torch import Tensor, nn
 
 from brainfound.data.augmentation import Views
 from brainfound.models.encoder import SliceEncoder
-from brainfound.pretraining.objectives.base import EncoderWithHeads
+from brainfound.pretraining.objectives.base import TrainedModel
 from brainfound.pretraining.objectives.heads import HeadRecipe, ProjectionHead
 from brainfound.pretraining.objectives.prototypes import Projection
 from brainfound.training.randomness import INITIALISATION, torch_generator
+
+
+class EncoderWithHeads(TrainedModel):
+    """An encoder (not copied) with named heads."""
+
+    def __init__(self, encoder: SliceEncoder, heads: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.heads = nn.ModuleDict(heads)
 
 
 class DistillationOutput(NamedTuple):
