@@ -9,11 +9,21 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path, PurePath
 
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.reading.archives import fetch_remedy
+from brainfound.data.sources.word_table import (
+    BRAIN_WORDS,
+    LABEL_QUALIFIERS,
+    LABEL_WORDS,
+    LESION_WORDS,
+    NOT_A_LESION_MAP,
+    PARCELLATIONS,
+    PROCESSING_WORDS,
+    STRUCTURES,
+)
 from brainfound.data.sources.words import (
     NO_CONTRAST,
     Reading,
@@ -36,80 +46,10 @@ MAX_B0_S_PER_MM2 = 5
 
 _MAX_FILES_SEARCHED = 20_000
 _SEPARATORS = r"[_\-. ]+"
-_LABEL_WORDS = {
-    *(
-        "seg",
-        "segm",
-        "segmentation",
-        "mask",
-        "masks",
-        "msk",
-        "label",
-        "labels",
-        "labelmap",
-        "gt",
-        "roi",
-        "dseg",
-        "pveseg",
-    ),
-    *("brainmask", "parcellation", "annotation", "gtv"),
-}
-_LESION_WORDS = {
-    *(
-        "lesion",
-        "lesions",
-        "tumor",
-        "tumors",
-        "tumour",
-        "tumours",
-        "wmh",
-        "stroke",
-        "infarct",
-        "infarction",
-        "metastases",
-    )
-}
-_BRAIN_WORDS = {"brain", "bet", "hdbet", "synthstrip", "skullstrip", "stripped", "skullstripped", "head", "nonbrain"}
-_PARCELLATIONS = {
-    "aseg",
-    "aparc",
-    "wmparc",
-    "synthseg",
-    "pveseg",
-    "firstseg",
-    "fastseg",
-    "subcort",
-    "aal",
-    "dkt",
-    "atlas",
-}
-_TISSUES = {
-    **dict.fromkeys(("gm", "grey", "gray", "greymatter", "graymatter"), "gm"),
-    **dict.fromkeys(("wm", "white", "whitematter"), "wm"),
-    **dict.fromkeys(("csf",), "csf"),
-    **dict.fromkeys(("ventricle", "ventricles"), "ventricle"),
-    **dict.fromkeys(("hippocampus", "hippocampi", "hipp"), "hippocampus"),
-    **{name: name for name in ("thalamus", "amygdala", "caudate", "putamen", "cortex", "cerebellum", "brainstem")},
-    **{name: name for name in ("skull", "scalp", "vessel", "vessels", "eye", "eyes", "tissue", "matter")},
-    **{
-        name: name
-        for name in ("icv", "tiv", "intracranial", "cerebrum", "cortical", "nawm", "gmwm", "fov", "background")
-    },
-}
-"""Words of what a label map shows that is not a lesion, and the first part of its column."""
-_LABEL_QUALIFIERS = {
-    *("consensus", "manual", "automatic", "auto", "expert", "ground", "truth", "final", "whole", "core", "bet", "hdbet")
-}
-_PROCESSING_WORDS = {
-    *("brain", "stripped", "skullstripped", "ss", "bet", "defaced", "defacing", "reg", "registered"),
-    *("coreg", "coregistered", "bias", "corrected", "n4", "mni", "preproc", "preprocessed", "norm"),
-    *("normalized", "normalised", "crop", "cropped", "raw", "orig", "original", "ax", "axial"),
-    *("tra", "sag", "sagittal", "cor", "coronal", "2d", "3d", "iso", "1mm"),
-    *("2mm", "ras", "lps", "unstripped", "native"),
-}
+_WORDS_OF_LABEL_MAPS = LABEL_WORDS | LESION_WORDS | LABEL_QUALIFIERS | STRUCTURES.keys()
 _REPEAT = re.compile(r"(?:run|r|rep|echo|acq)?\d{1,2}|run|rep|echo")
 _B_VALUE_WORD = re.compile(r"b\d+")
-_B_VALUE_IN_NAME = re.compile(r"(?:^|[_\-. ])b[-_]?(\d+)(?=$|[_\-. ])", re.IGNORECASE)
+_B_VALUE_IN_NAME = re.compile(r"(?:^|[_\-. ])b[-_=]?(\d+)(?=$|[_\-. ])", re.IGNORECASE)
 _BIDS_NAME = re.compile(r"sub-[A-Za-z0-9+]+(?:_[a-z]+-[A-Za-z0-9.+]+)*_[A-Za-z0-9]+")
 
 
@@ -259,7 +199,8 @@ def read_scan_name(path: PurePath) -> Reading:
         *entities, suffix = name.split("_")
         reading = read_bids_name(dict(entity.split("-", 1) for entity in entities), suffix)
     else:
-        reading = read_file_name([word for word, _, _ in find_words(name)])
+        signed = re.sub(r"(?<=[_ ])-(?=(?:km|gd|gad|c|ce)(?:[_. ]|$))", "without ", name, flags=re.IGNORECASE)
+        reading = read_file_name([word for word, _, _ in find_words(signed)])
     b_value = _B_VALUE_IN_NAME.search(name)
     if reading.contrast == "DWI" and b_value is not None and int(b_value.group(1)) <= MAX_B0_S_PER_MM2:
         return replace(reading, contrast=UNKNOWN, reason="a b0 image, not diffusion-weighted")
@@ -278,15 +219,15 @@ def parse_filename(path: PurePath) -> FileName:
     words = find_words(name)
     lower = [word.lower() for word, _, _ in words]
     reading = read_scan_name(path)
-    used = read_file_name(lower).used
+    used = read_file_name([word for word, _, _ in words]).used
     first, last = (min(used), max(used) + 1) if used else (len(lower), len(lower))
-    column, rank = _label_column(lower, last if used else None, path)
+    parts = [(part, i) for i, (word, _, _) in enumerate(words) for part in _label_parts(word)]
+    column, rank = _label_column(parts, last if used else None, path)
     dropped = set(used) | {i for i in range(last, len(lower)) if _B_VALUE_WORD.fullmatch(lower[i])}
     if column:
         reading = Reading(UNKNOWN, f"a label map ({column})")
-        dropped |= {i for i, word in enumerate(lower) if word in _LABEL_WORDS | _LESION_WORDS | _LABEL_QUALIFIERS}
-        dropped |= {i for i, word in enumerate(lower) if word in _TISSUES}
-    processing = {i for i, word in enumerate(lower) if word in _PROCESSING_WORDS} - dropped
+        dropped |= {i for part, i in parts if part in _WORDS_OF_LABEL_MAPS or f"{part}_mask" == column}
+    processing = {i for i, word in enumerate(lower) if word in PROCESSING_WORDS} - dropped
     # A number after the contrast counts repeats (p1_T1_2), unless only it can name the subject (study_T1_01).
     has_number = any(re.search(r"\d", word) for i, word in enumerate(lower[:first]) if i not in dropped)
     repeats = {i for i in range(last, len(words)) if has_number and _REPEAT.fullmatch(lower[i])}
@@ -297,36 +238,69 @@ def parse_filename(path: PurePath) -> FileName:
     return FileName(reading.contrast, reading.reason, column, silent, _join_words(name, words, kept), order)
 
 
-def _label_column(lower: list[str], after_contrast: int | None, path: PurePath) -> tuple[str | None, int]:
-    """The column of a label map, and its rank: maps of lesions and tumours come first; None for a scan."""
-    words = set(lower) | ({part for word in lower for part in word.split("+")})
-    if words & _PARCELLATIONS:
+def _label_parts(word: str) -> list[str]:
+    """The parts of a word between capitals, and before ``mask``, ``seg``, ``map`` or ``label``.
+
+    >>> _label_parts("BrainExtractionMask"), _label_parts("lesionmap"), _label_parts("aparc+aseg")
+    (['brain', 'extraction', 'mask'], ['lesion', 'mask'], ['aparc', 'aseg'])
+    """
+    parts = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z]{2})|\+", " ", word).lower().split()
+    glued = [re.fullmatch(r"(.{2,}?)(?:masks?|segs?|maps?|labels?)", part) for part in parts]
+    return [
+        piece
+        for part, match in zip(parts, glued, strict=True)
+        for piece in (
+            [match.group(1), "mask"] if match and match.group(1) in LESION_WORDS | STRUCTURES.keys() else [part]
+        )
+        if piece
+    ]
+
+
+def _label_column(parts: list[tuple[str, int]], after_contrast: int | None, path: PurePath) -> tuple[str | None, int]:
+    """The column of a label map, and its rank: maps of lesions and tumours come first; None for a scan.
+
+    `parts` are those of the words, each with the place of its word.
+    """
+    words = {part for part, _ in parts}
+    if words & PARCELLATIONS:
         return "dseg", 0
     if "brainmask" in words and path.name.lower().endswith((".mgz", ".mgh")):  # FreeSurfer's stripped image
         return None, 0
-    labels = [i for i, word in enumerate(lower) if word in _LABEL_WORDS]
-    lesions = [i for i, word in enumerate(lower) if word in _LESION_WORDS]
+    lesions = [
+        i
+        for (part, i), (after, _) in pairwise([*parts, ("", -1)])
+        if part in LESION_WORDS and after not in NOT_A_LESION_MAP
+    ]
     # "lesion_001_T1" is a scan of a lesion study; "001_T1_lesion" and "lesions" are label maps.
-    if not labels and not any(after_contrast is None or i >= after_contrast for i in lesions):
+    if not words & LABEL_WORDS and not any(after_contrast is None or i >= after_contrast for i in lesions):
         return None, 0
     if "dseg" in words:
         return "dseg", 0
     if lesions:
         return "mask", 0
-    if {"brain", "seg"} <= words:  # FSL's FAST: classes of tissue within the brain
+    if "seg" in words and words & {"brain", "fast"}:  # FSL's FAST: classes of tissue within the brain
         return "dseg", 0
-    if "brainmask" in words or words & _BRAIN_WORDS:
+    if tissue := next((STRUCTURES[part] for part, _ in parts if part in STRUCTURES and part != "face"), None):
+        return f"{tissue}_mask", 0
+    if "brainmask" in words or words & BRAIN_WORDS:
         return "brain_mask", 0
     if {"deface", "defaced", "defacing", "face", "anon", "anonymization"} & words:
         return "deface_mask", 0
-    tissue = next((_TISSUES[word] for word in lower if word in _TISSUES), None)
-    return (f"{tissue}_mask", 0) if tissue else ("mask", 1)
+    before = next((parts[k - 1] for k in range(1, len(parts)) if parts[k][0] in LABEL_WORDS), None)
+    if before and after_contrast is not None and before[1] >= after_contrast and _is_unknown(before[0]):
+        return f"{before[0]}_mask", 0
+    return "mask", 1
+
+
+def _is_unknown(word: str) -> bool:
+    """Whether a word before ``mask`` can only say what it shows."""
+    return re.fullmatch(r"[^\W\d_]{3,}", word) is not None and word not in _WORDS_OF_LABEL_MAPS | PROCESSING_WORDS
 
 
 def label_column(name: str) -> str:
     """The column of a map that is known to be a mask, by the words of its name: ``mask`` unless they name a tissue."""
-    words = re.split(r"[_\-. +]+", name.lower())
-    return _label_column([*words, "mask"], 0, PurePath(name))[0] or "mask"
+    parts = [(part, 0) for word in re.split(_SEPARATORS, name) for part in _label_parts(word)]
+    return _label_column([*parts, ("mask", 0)], 0, PurePath(name))[0] or "mask"
 
 
 def describe_label_map(path: PurePath) -> str:
@@ -335,7 +309,7 @@ def describe_label_map(path: PurePath) -> str:
     >>> describe_label_map(PurePath("p1_lesion_mask.nii.gz"))
     'lesion mask'
     """
-    known = _LABEL_WORDS | _LESION_WORDS | _LABEL_QUALIFIERS | _BRAIN_WORDS | _PARCELLATIONS | _TISSUES.keys()
+    known = _WORDS_OF_LABEL_MAPS | BRAIN_WORDS | PARCELLATIONS
     return " ".join(word for word in re.split(r"[_\-. +]+", stem(path).lower()) if word in known)
 
 

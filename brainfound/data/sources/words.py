@@ -1,4 +1,4 @@
-"""Words of file names, BIDS entities and series descriptions, and what they say of a scan: one table for all readers.
+"""What the words of a file name, a BIDS name or a series description say of an image; `word_table` has the words.
 
 A reading is a contrast, or ``unknown`` with the reason. Words of two contrasts leave doubt, except where one is a
 property of the other (T2 and FLAIR), or where a word between them makes the second the target of a registration
@@ -15,76 +15,46 @@ from functools import lru_cache
 from itertools import pairwise
 
 from brainfound.contrasts import CONTRASTS, UNKNOWN, parse_contrast
+from brainfound.data.sources.word_table import (
+    AMBIGUOUS_WORDS,
+    CONTRAST_WORDS,
+    DIFFUSION_MAPS,
+    LESION_WORDS,
+    NO_AGENT_ENTITIES,
+    PUBLIC_TEMPLATES,
+    STRUCTURES,
+    WORDS,
+)
 from brainfound.errors import UsageError
 
-_CONTRAST_WORDS = {
-    "T1w": "mprage mp-rage memprage spgr fspgr bravo tfl mp2rage t1-weighted uni-images",
-    "T1ce": "t1-c t1gad t1gado",
-    "T2w": "t2-weighted",
-    "FLAIR": "dark-fluid darkfl da-fl",
-    "PDw": "proton-density",
-    "T2starw": "t2-star t2-star-weighted",
-    "SWI": "susceptibility ven-bold",
-    "DWI": "tracew ep2d-diff diffusion resolve b-1000",
-    "ADC": "apparent-diffusion",
-    "MRA": "angiography",
-}
-"""Words of a contrast, besides its aliases (`brainfound.contrasts`). A hyphen stands where a name may be divided."""
 NO_CONTRAST, IN_DOUBT = "no known contrast in the name", "in doubt"
-_NO_AGENT_ENTITIES = {"none", "no", "pre", "without", "nativ", "native", "false", "0"}
-AMBIGUOUS_WORDS = {"pd", "md", "fl"}
-"""In a file name, a contrast only after a subject's number: ``PD_001`` is from a study of Parkinson's disease."""
-_PLANES = "ax axial tra trans transverse transversal sag sagittal cor coronal obl oblique"
-_SEQUENCES = (
-    "se tse fse tir spc cube vista brainview blade propeller tfe vibe mpr haste ssfp fiesta ciss epi grase spair"
-    " caipi sense grappa fs nofs fatsat fat-sat iso isotropic hires highres lowres thin thick"
-)
-_WORDS = {
-    "agent": "post gd gad gado gadolinium gadovist gadavist dotarem magnevist omniscan prohance multihance"
-    " clariscan ce km kontrast kontrastmittel contrast contraste enhanced enh nach-km mit-km injecte civ mdc"
-    " post-contrast post-gad post-gado post-gd post-ce post-km post-gadolinium with-contrast with-gd wc plusc"
-    " plusgd plusgad pluskm",
-    "no agent": "pre non no without wo ohne vor kein keine sans avant sin zonder utan nativ native pre-contrast"
-    " pre-gad pre-gado pre-gd pre-ce pre-km no-gd no-gad no-contrast non-contrast non-enhanced unenhanced"
-    " without-contrast wo-contrast non-ce no-ce",
-    "visit": "post-op pre-op post-surgery pre-surgery post-surgical pre-surgical post-treatment pre-treatment",
-    "target": "to onto in on reg coreg registered coregistered rigid aligned space",
-    "inversion": "ir irprep ir-prep tirm",
-    "gradient echo": "gre ffe fl2d fl3d flash hemo haem",
-    "protocol": f"{_PLANES} {_SEQUENCES} p2 p3 p4 3d 2d 3t 7t seq sequence series acq wip w weighted norm nd dis2d"
-    " dis3d filt uni den uni-den magnitude mag",
-    "a map": "map maps karte mapa thickness molli symri magic synthetic synthsr predicted aniso anisotropy odi"
-    " colfa exponential sbref nodif b0 s0 meanb0 mapping mapit t1map t2map t1-images r1 r2 r2s r2star qt1 qt2 qsm"
-    " mtr mtsat mwf relaxometry fieldmap b0map b1map fa eadc cbf cbv mtt ttp tmax rcbv rcbf",
-    "a phase image": "phase phas pha ph imag imaginary real unwrapped",
-    "a map of probabilities or tissues": "pve prob probs probability probabilities probmap probseg posterior"
-    " posteriors",
-    "another modality": "ct cta pet fdg amyloid suv suvr dsa oct mrv",
-    "a deformation field": "field coeff coef biasfield warp warpfield jac jacobian deformation displacement",
-    "a projection": "mip minip mnip projection projections",
-    "a subtraction": "sub subtraction subtraktion subtracted substraction minus",
-    "one inversion of an MP2RAGE": "inv inv1 inv2 ti1 ti2 first-inversion second-inversion",
-    "a localizer": "loc localizer localiser scout survey aahead aascout asset shim calib calibration",
-    "a functional or perfusion series": "bold fmri rest resting asl pasl pcasl perf perfusion dsc dce pwi",
-    "no structural contrast": "spectro spectroscopy svs csi mrs screensave screen-save report phoenix cine dixon"
-    " mt dir stir psir fgatir dti tensor",
-    "another part of the body": "hws bws lws rachis lombaire columna orbita knie leber lunge mrcp myelo spine"
-    " cspine tspine lspine spinal cervical thoracic lumbar sacral neck knee shoulder wrist ankle elbow foot"
-    " abdomen abdominal liver kidney prostate pelvis breast heart cardiac chest thorax lung carotid carotids",
-}
-"""Words by what they mean; from "a map" on, they say that an image is no scan of the cohort."""
 _BIDS_SUFFIXES = {suffix: contrast.name for contrast in CONTRASTS.values() for suffix in contrast.bids_suffixes}
-_REFUSED = tuple(_WORDS)[list(_WORDS).index("a map") :]
-_BIDS_REFUSED = ("a phase image", "a projection", "a subtraction")
-"""What an ``acq-`` may refuse: other words have suffixes of their own in BIDS, and ``fa8`` is a flip angle."""
+_REFUSED = tuple(WORDS)[list(WORDS).index("a map") :]
+_BIDS_REFUSED = {kind for kind in _REFUSED if kind not in ("a map", "a localizer", "a functional or perfusion series")}
+_BIDS_REFUSED_MAPS = {"t1map", "t2map", "synthetic", "synth", "thickness", "zscore", "prediction", "predicted"}
+"""Maps that an entity may name; others have suffixes of their own in BIDS, and ``fa8`` is a flip angle."""
+_REFUSED_BEFORE_SUBJECT = {"template", "template0", "phantom", "acr", "biasfield", "5tt", "ples"}
+"""What refuses an image wherever it stands."""
+_TISSUE_MARK = re.compile(
+    r"(?!mp2rage)(?:s\d*)?(?:[mwru][mwru0]*[cp]\d(?=[a-zA-Z])|[cp][0-6](?=[a-zA-Z]{2}|[a-zA-Z]\d\d))"
+    r"(?!(?i:v|ses|visit|tp|bl|fu|follow|base|pre|post|month|mo|week|wk|scan|year)[a-z]*\d*$)"
+)
+_WARP_MARKS = {"y", "iy", "wj"}
+"""What SPM and CAT12 put before the name of a scan, for its maps of tissues and its deformation fields."""
+_AFTER_CONTRAST_ONLY = {"r1", "r2", "s0", "b1", "c", "iv", "with"}
+"""Before the contrast, these may name a subject or a repeat."""
+_MAP_WORDS = ("map", "maps", "karte", "carte", "cartes", "mapa")
+_NAMES_A_GROUP = {"healthy", "normal", "white", "matter", "grey", "gray"}
+_MAYBE_LABEL_MAP = (STRUCTURES.keys() | {"manual", "expert", "rater"}) - _NAMES_A_GROUP
+"""What an image may show instead of being the scan: ``T1_hippocampus``."""
 
 
 def _build() -> tuple[dict[tuple[str, ...], tuple[str, str]], tuple[str, ...]]:
     """Divided words → (meaning, contrast), and the words that may begin a glued name such as ``flair2t1``."""
-    entries: list[tuple[str, str, str]] = [(word, kind, "") for kind, words in _WORDS.items() for word in words.split()]
+    entries: list[tuple[str, str, str]] = [(word, kind, "") for kind, words in WORDS.items() for word in words.split()]
     for contrast in CONTRASTS.values():
         if contrast.name != UNKNOWN:
-            words = [contrast.name.lower(), *contrast.aliases, *_CONTRAST_WORDS[contrast.name].split()]
+            words = [contrast.name.lower(), *contrast.aliases, *CONTRAST_WORDS[contrast.name].split()]
             entries += [(word, "contrast", contrast.name) for word in words if word != "gre"]
     table: dict[tuple[str, ...], tuple[str, str]] = {}
     for word, kind, contrast_name in entries:
@@ -100,7 +70,7 @@ _WIDEST = max(map(len, _TABLE))
 _GLUED = sorted((key[0] for key in _TABLE if len(key) == 1 and len(key[0]) > 1), key=len, reverse=True)
 
 
-_PROTOCOL_KINDS = ("protocol", "inversion", "gradient echo")
+_PROTOCOL_KINDS = ("protocol", "inversion", "gradient echo", "magnitude")
 PROTOCOL_WORDS = {key[0] for key, (kind, _) in _TABLE.items() if len(key) == 1 and kind in _PROTOCOL_KINDS}
 PROTOCOL_WORDS |= {"space", "tfl", "bravo", "dixon", "stir", "dark", "fluid", "darkfluid", "head"}
 PROTOCOL_WORDS -= {"w", "p2", "p3", "p4"}
@@ -149,7 +119,7 @@ def read_file_name(words: Sequence[str]) -> Reading:
     ('FLAIR', 'a phase image')
     """
     lower = [word.lower() for word in words]
-    items = _find_items(lower, _ambiguous_words(lower))
+    items = _find_items(words, _ambiguous_words(lower))
     first = next((k for k, item in enumerate(items) if item.kind == "contrast" or item.text in _STAR), None)
     if first is None:
         refused = next((item for item in items if item.kind in _REFUSED and "map" in item.text), None)
@@ -157,10 +127,21 @@ def read_file_name(words: Sequence[str]) -> Reading:
     start = first
     while start and min(items[start].words) - max(items[start - 1].words) <= 1 and items[start - 1].kind != "visit":
         start -= 1
-    adjoining = [item for item in items[start:first] if item.kind != "protocol"]
+    adjoining = [
+        item for item in items[start:first] if item.kind != "protocol" and item.text not in _AFTER_CONTRAST_ONLY
+    ]
     reading = _read([*adjoining, *items[first:]], series=False)
     if visits := [item.text for item in adjoining if item.text in ("pre", "post")]:
         return Reading(UNKNOWN, f"{IN_DOUBT}: {visits[0]!r} may say visits or a contrast agent", (), reading.used)
+    begin, end = min(items[first].words), max(items[first].words) + 1
+    if _TISSUE_MARK.match(words[0]) or (words[0] in _WARP_MARKS and not words[1].isdecimal()):
+        return Reading(UNKNOWN, f"{IN_DOUBT}: {words[0]!r} may begin with a mark of SPM's maps", (), reading.used)
+    if any(item.text in _REFUSED_BEFORE_SUBJECT for item in items) or PUBLIC_TEMPLATES & set(lower[: min(2, begin)]):
+        return Reading(UNKNOWN, "a template, a phantom or a map", (), reading.used)
+    maps = _MAYBE_LABEL_MAP | (DIFFUSION_MAPS if reading.contrast in ("DWI", "ADC") else set())
+    shown = [word for word in (*lower[max(begin - 1, 0) : begin], *lower[end:]) if word in maps]
+    if reading.contrast != UNKNOWN and shown:
+        return Reading(UNKNOWN, f"{IN_DOUBT}: {shown[0]!r} may say what a map shows", (), reading.used)
     return reading
 
 
@@ -184,6 +165,9 @@ def read_bids_name(entities: Mapping[str, str], suffix: str) -> Reading:
     """
     if entities.get("part", "mag") != "mag":
         return Reading(UNKNOWN, f"not a magnitude image (part-{entities['part']})")
+    for key in ("label", "stat"):
+        if key in entities:
+            return Reading(UNKNOWN, f"a map ({key}-{entities[key]})")
     if "inv" in entities:
         return Reading(UNKNOWN, "one inversion of an MP2RAGE")
     contrast = _BIDS_SUFFIXES.get(suffix, UNKNOWN)
@@ -192,20 +176,27 @@ def read_bids_name(entities: Mapping[str, str], suffix: str) -> Reading:
             contrast = parse_contrast(suffix)
     if contrast == UNKNOWN:
         return Reading(UNKNOWN, f"no known contrast ({suffix})" if entities else NO_CONTRAST)
-    reading = _read_entities(contrast, [entities.get(key, "") for key in ("acq", "rec")])
-    if reading.contrast == "T1w" and entities.get("ce", "none").lower() not in _NO_AGENT_ENTITIES:
+    if entities.get("desc", "").lower() in LESION_WORDS | STRUCTURES.keys():
+        return Reading(UNKNOWN, f"{IN_DOUBT}: desc-{entities['desc']} may be a map")
+    reading = _read_entities(contrast, [entities.get(key, "") for key in ("acq", "rec", "desc")])
+    if reading.contrast == "T1w" and entities.get("ce", "none").lower() not in NO_AGENT_ENTITIES:
         return replace(reading, contrast="T1ce")
     return reading
 
 
-def _read_entities(contrast: str, texts: Iterable[str]) -> Reading:
+def _read_entities(contrast: str, texts: Sequence[str]) -> Reading:
     words = [
         word for text in texts for word in re.findall(r"[A-Z]?[a-z]+\d?(?![a-z])|[A-Z]+\d?(?![a-z])|[a-z]+|\d+", text)
     ]
     items = _find_items([word.lower() for word in words], frozenset())
-    refused = next((item.kind for item in items if item.kind in _BIDS_REFUSED), None)
-    if refused:
-        return Reading(UNKNOWN, refused)
+    for text in map(str.lower, texts):
+        kind = "a map" if text in _BIDS_REFUSED_MAPS else _TABLE.get((text,), ("",))[0]
+        if kind in _BIDS_REFUSED or text in _BIDS_REFUSED_MAPS:
+            return Reading(UNKNOWN, kind)
+    for item in items:
+        is_diffusion_map = contrast == "DWI" and item.text in ("fa", "b0")
+        if item.kind in _BIDS_REFUSED or item.text in _BIDS_REFUSED_MAPS or is_diffusion_map:
+            return Reading(UNKNOWN, item.kind)
     kept = ("contrast", "agent", "no agent", "inversion")
     reading = _read(
         [_Item("contrast", contrast, contrast, frozenset()), *(i for i in items if i.kind in kept)], series=True
@@ -236,10 +227,12 @@ def _read(items: Sequence[_Item], series: bool) -> Reading:
     if ("gradient echo" in kinds and named == ["T2w"]) or (star and not named):
         named = ["T2starw"]
     for item in items:
-        if item.kind in _REFUSED and not (item.kind == "a map" and "ADC" in named and item.text in ("map", "maps")):
+        if item.kind in _REFUSED and not (item.kind == "a map" and "ADC" in named and item.text in _MAP_WORDS):
             return Reading(UNKNOWN, item.kind, (), used)
     if not named:
         return Reading(UNKNOWN, NO_CONTRAST, (), used)
+    if reason := _hidden_doubt(items, kinds, named, series):
+        return Reading(UNKNOWN, reason, tuple(named), used)
     contrast = named[0] if len(named) == 1 else _RESOLVED.get(frozenset(named), UNKNOWN) if sure else UNKNOWN
     if series and set(named) == {"FLAIR", "T1w"}:  # General Electric's T1 FLAIR; in a file name T1 may be a time point
         contrast = "T1w"
@@ -253,6 +246,23 @@ def _read(items: Sequence[_Item], series: bool) -> Reading:
             return Reading(UNKNOWN, f"{IN_DOUBT}: words for and against a contrast agent", ("T1w", "T1ce"), used)
         contrast = "T1ce" if agent else contrast
     return Reading(contrast, "", (), used, "no agent" in kinds)
+
+
+def _hidden_doubt(items: Sequence[_Item], kinds: set[str], named: Sequence[str], series: bool) -> str | None:
+    """Why words that agree on a contrast still leave doubt."""
+    texts = [item.text for item in items if item.kind == "contrast"]
+    if "mp2rage" in texts and "t1" in texts[texts.index("mp2rage") :]:
+        return f"{IN_DOUBT}: the T1 of an MP2RAGE may be its map"
+    if not series and "T1ce" in named and {"t1", "t1w"} & set(texts):
+        return f"{IN_DOUBT}: T1w or T1ce, or their difference"
+    if named == ["MRA"] and "a rendering of vessels" in kinds:
+        return f"{IN_DOUBT}: a scan or a rendering of vessels"
+    if named == ["SWI"] and "magnitude" in kinds:
+        return f"{IN_DOUBT}: the magnitude of an SWI is T2*-weighted"
+    if named == ["T1w"] and "perhaps an agent" in kinds and not kinds & {"agent", "no agent"}:
+        word = next(item.text for item in items if item.kind == "perhaps an agent")
+        return f"{IN_DOUBT}: T1w or T1ce ({word!r} may say a contrast agent)"
+    return None
 
 
 def _named_contrasts(items: Sequence[_Item], series: bool) -> tuple[list[str], bool]:
@@ -293,7 +303,7 @@ def _doubt(names: Iterable[str]) -> str:
 
 
 def _find_items(words: Sequence[str], plain: frozenset[int]) -> list[_Item]:
-    """The entries of the table among lower-case words, except those at the places `plain`."""
+    """The entries of the table among words, except those at the places `plain`."""
     atoms = [(atom, index) for index, word in enumerate(words) for atom in _atoms(word)]
     items: list[_Item] = []
     place = 0
@@ -317,11 +327,18 @@ def _atoms(word: str) -> tuple[str, ...]:
     >>> _atoms("t1+c"), _atoms("flair2t1"), _atoms("t2*"), _atoms("p001")
     (('t1', 'plusc'), ('flair', 'to', 't1'), ('t2star',), ('p001',))
     """
-    word = re.sub(r"\+(?:c|gd|gad|km)(?![a-z0-9])|(?<![a-z0-9])(?:c|gd)\+", " plusc ", word).replace("t2*", "t2star")
+    if (word.lower(),) not in _TABLE:
+        word = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z]{2})", " ", word)
+    word = word.lower()
+    word = re.sub(r"\+(?:c|gd|gad|km)?(?![a-z0-9])|(?<![a-z0-9])(?:c|gd)\+", " plusc ", word)
+    word = word.replace("t2*", "t2star").replace("flair*", "flairstar")
     word = re.sub(r"(?<![a-z0-9])-(?:c|gd|gad|km)(?![a-z0-9])|(?<![a-z0-9])c-(?![a-z0-9])", " without ", word)
     atoms: list[str] = []
     for part in re.findall(r"[^\W_]+", word):
-        pieces = None if (part,) in _TABLE else _unglue(part)
+        numbered = re.fullmatch(r"([a-z]{5,})\d", part)  # posteriors1
+        part = numbered.group(1) if numbered and (numbered.group(1),) in _TABLE else part
+        processed = re.fullmatch(r"(?:s\d*)?(?:m?w?r?|w?m)(t[12]w?|flair|mprage)", part)  # SPM's names: wmT1
+        pieces = [processed.group(1)] if processed else None if (part,) in _TABLE else _unglue(part)
         atoms += pieces or [part]
     return tuple(atoms)
 

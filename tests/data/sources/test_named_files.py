@@ -227,10 +227,10 @@ def test_what_leaves_doubt_asks_for_a_manifest(layout, names, why):
 
 
 def test_a_label_map_of_nobody_is_listed_and_stops_nothing(layout):
-    cohort = Cohort.read(layout("p1_T1.nii.gz", "p1_oedema_seg.nii.gz", "p1_seg.nii.gz"))
+    cohort = Cohort.read(layout("p1_T1.nii.gz", "p1_jones_seg.nii.gz", "p1_seg.nii.gz"))
     assert cohort.table["mask"][0].endswith("p1_seg.nii.gz")
     assert [(file.name, reason) for file, reason in cohort.unused] == [
-        ("p1_oedema_seg.nii.gz", "a label map of a session without scans")
+        ("p1_jones_seg.nii.gz", "a label map of a session without scans")
     ]
 
 

@@ -40,7 +40,23 @@ def contrast(name: str) -> str:
         ("T1_Kontrastmittel t1_tse_nach_KM MPRAGE_Dotarem", "T1ce"),
         ("CT_to_T1 PET_in_T1 T1_SUB T1_Subtraktion t2_HWS T1_LWS dwi_b0 MP2RAGE_TI1 T1-Karte CTA_angio", "unknown"),
         ("dwi_b1000 trace ep2d_diff_b1000", "DWI"),
-        ("adc ADC_map dwi_adc", "ADC"),
+        ("adc ADC_map dwi_adc ADC_Karte dADC", "ADC"),
+        # Maps, renderings and templates made from a scan.
+        (
+            "p7_dwi_L1 p7_dwi_kurtosis p7_dwi_FAC p7_T1_difference p7_FLAIR_T2_ratio T1ce_T1 T1_t1c p7_T1_zscore"
+            " p7_T1_1InverseWarp p7_T1_CorticalThickness p7_synth_FLAIR p7_T1_template MNI152_T1_1mm phantom_T1"
+            " p7_T1_hippocampus p7_T1_GM p7_T1_screenshot p7_tof_vessels p7_TOF_rot p7_FLAIR_manual p7_T1_fast_bias",
+            "unknown",
+        ),
+        # Marks of SPM, CAT12 and LST before the name of a scan.
+        ("c1anna01_T1 rc2p001_T1 mwp1p001_T1 s6mwp1sub_T1 y_p001_T1 iy_anna_T1 ples_lpa_FLAIR", "unknown"),
+        ("rT1 wmT1 p7_mT1 p1_T1 c1_T1 p1v2_T1 p2ses1_T1 Y_01_T1 mp2rage p7_T1_MNI152 anna_T1_biascorr", "T1w"),
+        # What may say a contrast agent, and what does.
+        ("p7_T1_IV p7_T1_CM p7_T1-C T1_C- p7_T1_dyn p7_mp2rage_T1 SWI_mag", "unknown"),
+        ("T1_apres_injection T1_con_contraste T1+ T1_poscontraste", "T1ce"),
+        ("T1_w_o_contrast T1_senza_mdc T1_-KM T1_fatsat T1_lesion_filled T1_no_fat_sat", "T1w"),
+        ("T2_EG T2_medic T2_etoile T2_gradient_echo", "T2starw"),
+        ("T1_fat T2_water T1_BB FLAIR_star FLAIR* tof_veno T2_hals T2_orbits", "unknown"),
     ],
 )
 def test_words_of_file_names(names, expected):
@@ -61,6 +77,14 @@ def test_words_of_file_names(names, expected):
         ("sub-1_ce-gd_acq-sag_T1w", "T1ce"),
         ("sub-1_UNIT1", "T1w"),
         ("sub-1_ce-pre_T1w", "T1w"),
+        ("sub-1_acq-stir_T2w", "unknown"),
+        ("sub-1_acq-T1map_T1w", "unknown"),
+        ("sub-1_acq-spine_T2w", "unknown"),
+        ("sub-1_acq-b0_dwi", "unknown"),
+        ("sub-1_label-GM_T1w", "unknown"),
+        ("sub-1_desc-subtraction_T1w", "unknown"),
+        ("sub-1_desc-preproc_T1w", "T1w"),
+        ("sub-1_acq-R2_T1w", "T1w"),
     ],
 )
 def test_entities_of_bids_names(name, expected):
@@ -78,6 +102,16 @@ def test_doubt_names_its_readings():
     [
         ("lesion_mask", "mask"),
         ("p7_msk", "mask"),
+        ("p7_FLAIR_LesionMask", "mask"),
+        ("p7_FLAIR_lesionmap", "mask"),
+        ("p7_FLAIR_läsionen", "mask"),
+        ("p7_T1_BrainExtractionMask", "brain_mask"),
+        ("p7_T1_fast_seg", "dseg"),
+        ("p7_T1_deepGM_mask", "gm_mask"),
+        ("p7_T1ce_edema", None),
+        ("p7_T1_tumor_protocol", None),
+        ("p7_T1_claustrum_mask", "claustrum_mask"),
+        ("p7_contralesional_mask", "contralesional_mask"),
         ("wm_lesion_mask", "mask"),
         ("gm_mask", "gm_mask"),
         ("ventricles_seg", "ventricle_mask"),
