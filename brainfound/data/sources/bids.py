@@ -97,6 +97,7 @@ def read(root: Path, work: Path | None = None) -> SourceTable:
         )
     sort_by_session(rows, lambda file: (BidsName.parse(file).order, natural_sort_key(file.name)))
     table = pd.DataFrame(rows)
+    _require_distinct_people(root, table)
     notes += _notes_on_choices(table)
     label_maps += _find_derivatives(root, unused)
     mask_columns = _join_label_maps(table, label_maps, unused, notes)
@@ -135,6 +136,17 @@ def _spaces_of_sessions(table: pd.DataFrame, space: Callable[[Path], str]) -> di
     used = table.drop_duplicates(["subject", "session", "contrast"])
     spaces = used["path"].map(lambda path: space(Path(path)))
     return {key: set(names) for key, names in spaces.groupby([used["subject"], used["session"]])}
+
+
+def _require_distinct_people(root: Path, table: pd.DataFrame) -> None:
+    """Refuse labels that differ in capital letters, or in a visit behind a number (``sub-p1v1``, ``sub-p1v2``)."""
+    people: dict[str, str] = {}
+    for subject in sorted(set(table["subject"])):
+        other = people.setdefault(_VISIT_IN_LABEL.sub("", subject.casefold()), subject)
+        if other != subject:
+            what = "two subjects differ in capital letters or a visit only and may be one person"
+            remedy = "Rename one, move the visits into ses-* folders, or write a manifest"
+            raise CohortError(what, where=root.name, got=f"{other} and {subject}", remedy=remedy)
 
 
 def _notes_on_choices(table: pd.DataFrame) -> list[str]:
@@ -283,6 +295,14 @@ _PROCESSING_WORDS = {
     *("fmriprep", "smriprep", "freesurfer", "mriqc", "copy", "old", "new", "backup"),
 }
 _VISIT = re.compile(r"(?:wave|round|phase|followup)[_\-]?\w{1,3}", re.IGNORECASE)
+_MAYBE_VISIT = re.compile(
+    r"(?:pre|post|before|after|first|second|third|last|early|late|t\d)|(?:data|study|scans?|bids)?[_\-]?(?:19|20)\d\d"
+    r"|(?:anat|dwi|func|structural|functional|diffusion)(?:[_\-]?bids)?",
+    re.IGNORECASE,
+)
+"""Folders that hold the same people if they share names of subjects."""
+_VISIT_IN_LABEL = re.compile(r"(?<=\d)(?:v|ses|visit|mr|tp|bl|fu)\d+$", re.IGNORECASE)
+"""The visit in a label such as ``sub-p1v2``."""
 
 
 def read_collection(path: Path, work: Path | None = None) -> SourceTable:
@@ -394,6 +414,9 @@ def _check_people(path: Path, datasets: list[Path]) -> list[str]:
         return []
     words = {folder: split_words(folder.name) for folder in datasets}
     candidates = [folder for folder in datasets if subjects[folder] & shared and words[folder]]
+    parts = [folder.name for folder in candidates if _MAYBE_VISIT.fullmatch(folder.name)]
+    if len(parts) > 1:
+        _refuse(path, "the folders look like visits or contrasts of the same people", " and ".join(parts[:2]))
     for one, other in combinations(candidates, 2):
         if subjects[one] & subjects[other] and _may_be_versions(words[one], words[other]):
             _refuse(path, "the folders look like versions of one data set", f"{one.name} and {other.name}")

@@ -7,33 +7,32 @@ visit ``v2``, scanned with the protocol ``mpr``.
 from __future__ import annotations
 
 import re
-import unicodedata
 from dataclasses import dataclass, field
 
-from brainfound.data.sources.file_names import is_contrast_name, split_words
+from brainfound.data.sources.file_names import is_contrast_name
 from brainfound.data.sources.words import AMBIGUOUS_WORDS, PROTOCOL_WORDS
 
-_SEPARATOR, _WORD = r"[_\-. ]", re.compile(r"[^_\-. ]+")
-_YEAR, _MONTH, _DAY = r"(?:19|20)\d{2}", r"(?:0[1-9]|1[0-2])", r"(?:0[1-9]|[12]\d|3[01])"
-_MONTH_NAME = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)"
+SEPARATOR, _WORD = r"[_\-. ]", re.compile(r"[^_\-. ]+")
+YEAR, MONTH, DAY = r"(?:19|20)\d{2}", r"(?:0[1-9]|1[0-2])", r"(?:0[1-9]|[12]\d|3[01])"
+_MONTH_NAME = r"(?:jan|feb|mar|mrz|apr|may|mai|jun|jul|aug|sep|oct|okt|nov|dec|dez)"
 _DATE = (
-    rf"(?:{_YEAR}(?:{_MONTH}{_DAY}|-{_MONTH}-{_DAY}|\.{_MONTH}\.{_DAY}|_{_MONTH}_{_DAY})"
-    rf"|{_DAY}[-._]{_DAY}[-._]{_YEAR}"
-    rf"|\d{{1,2}}[-._]?{_MONTH_NAME}[-._]?{_YEAR}|{_YEAR}[-._]?{_MONTH_NAME}[-._]?\d{{1,2}})"
+    rf"(?:{YEAR}(?:{MONTH}{DAY}|-{MONTH}-{DAY}|\.{MONTH}\.{DAY}|_{MONTH}_{DAY})"
+    rf"|{DAY}[-._]{DAY}[-._]{YEAR}"
+    rf"|\d{{1,2}}[-._]?{_MONTH_NAME}[-._]?{YEAR}|{YEAR}[-._]?{_MONTH_NAME}[-._]?\d{{1,2}})"
 )
 _CLOCK = r"(?:[01]\d|2[0-3])[0-5]\d[0-5]\d(?:\.\d+)?"
-_NUMBER = rf"{_SEPARATOR}?\d{{1,4}}(?:[-.]\d{{1,2}})?[a-z]?"
+_NUMBER = rf"{SEPARATOR}?\d{{1,4}}(?:[-.]\d{{1,2}})?[a-z]?"
 _UNIT = r"(?:months?|mths?|mo|weeks?|wks?|years?|yrs?|yr|days?|hours?|hrs?)"
 _OPERATION = r"(?:op|operative|surgery|surgical|treatment|tx|rt|chemo|therapy)"
 _SESSION = (
-    rf"(?:ses-[a-z0-9]+|(?<={_SEPARATOR}){_DATE}_{_CLOCK}|{_DATE}(?:T?{_CLOCK})?"
+    rf"(?:ses-[a-z0-9]+|(?<={SEPARATOR}){_DATE}_{_CLOCK}|{_DATE}(?:T?{_CLOCK})?"
     rf"|(?:ses|sess|session|visit|vis|wave|tp|time[-_ ]?point|time|study|exam|{_UNIT}|fu|fup|follow[-_ ]?up|baseline|bl"
     rf"|scan|mr|v|m|w|y|d){_NUMBER}|\d{{1,4}}{_UNIT}|\d{{1,3}}[mwy]"
     rf"|baseline|base|bl|bsl|screening|screen|scr|sc|initial|init|follow[-_ ]?up|fup?|rescan|retest"
     rf"|(?:pre|post)[-_]?{_OPERATION}"
     r"|(?:first|second|third|1st|2nd|3rd|\dth)[-_ ]?(?:visit|scan|exam|session))"
 )
-_SESSION_IN_NAME = re.compile(rf"(?:(?<={_SEPARATOR})|^){_SESSION}(?={_SEPARATOR}|$)", re.IGNORECASE)
+_SESSION_IN_NAME = re.compile(rf"(?:(?<={SEPARATOR})|^){_SESSION}(?={SEPARATOR}|$)", re.IGNORECASE)
 _SHORT_SESSION = re.compile(rf"(?:v|m|w|y|d|mr|scan){_NUMBER}|\d{{1,3}}[mwy]|{_DATE}(?:[T_]?{_CLOCK})?", re.IGNORECASE)
 _FIRST_SESSION = re.compile(
     rf"ses-[a-z0-9]+|(?:ses|sess|session|visit|wave|tp|time[-_ ]?point|month|week|follow[-_ ]?up){_NUMBER}"
@@ -41,26 +40,26 @@ _FIRST_SESSION = re.compile(
     re.IGNORECASE,
 )
 """Sessions that are believed before the subject as well; ``SC_01`` and ``study2_01`` may be subjects of a group."""
-_MAYBE_SESSION = re.compile(
-    rf"(?:(?<=\d)(?!\d)|(?<=\d[a-z])|(?<={_SEPARATOR})|^)(?:{_SESSION}|t\d{{1,2}}|first|second|third|last)(?={_SEPARATOR}|$)"
-    rf"|(?<=\d)[a-z](?={_SEPARATOR}|$)|(?<={_SEPARATOR})[a-z]$"
-    rf"|(?<=[a-z])(?:ses|session|visit|tp|wk|week|month|year|baseline|follow-?up|(?:pre|post)[-_]?op)\d*(?={_SEPARATOR}|$)",
+_OTHER_VISIT = (
+    r"(?:(?:besuch|untersuchung|termin|kontrolle|zeitpunkt|zp|u|visite|visita|examen)[-_]?\d{1,2}|i{1,3}|iv"
+    r"|erst(?:untersuchung)?|verlauf(?:skontrolle)?|kontrolle|vorher|nachher|vor|nach|prae?[-_]?op|before|after|avant"
+    r"|apres|prima|dopo|antes|despues"
+    rf"|{_MONTH_NAME}[-_.]?(?:\d\d){{1,2}})"
+)
+"""Words of visits in other languages, and short dates; a subject may be named like them."""
+MAYBE_SESSION = re.compile(
+    rf"(?:(?<=\d)(?!\d)|(?<=\d[a-z])|(?<={SEPARATOR})|^)(?:{_SESSION}|t\d{{1,2}}|first|second|third|last)(?={SEPARATOR}|$)"
+    rf"|(?<=\d)[a-z](?={SEPARATOR}|$)|(?<={SEPARATOR})[a-z]$"
+    rf"|(?:(?<=\d)|(?<={SEPARATOR})){_OTHER_VISIT}(?={SEPARATOR}|$)"
+    rf"|(?<=[a-z])(?:ses|session|visit|tp|wk|week|month|year|baseline|follow-?up|(?:pre|post)[-_]?op)\d*(?={SEPARATOR}|$)",
     re.IGNORECASE,
 )
 """All that may be a visit, also without a separator: ``p07v2``, ``p07b``, ``annatp1``."""
-_SHORT_MAYBE_DATE = rf"(?:{_YEAR}(?:{_MONTH})?|\d\d{_MONTH}{_DAY}|{_DAY}{_MONTH}\d\d)"
-_MAYBE_DATE, _LONG_MAYBE_DATE = (
-    re.compile(rf"(?:(?<={_SEPARATOR})|^)(?:{pattern})(?={_SEPARATOR}|$)")
-    for pattern in (_SHORT_MAYBE_DATE, rf"{_YEAR}[-._]{_MONTH}|{_DAY}{_DAY}{_YEAR}")
-)
-"""Spellings of dates that may as well be numbers of subjects."""
-
 _GROUP = (
-    r"(?:(?:site|cent(?:er|re)|hospital|scanner|group|batch|cohort|part|fold|set|dataset)(?:[_\-]?(?:\d+|[a-z]))?"
+    r"(?:(?:site|cent(?:er|re)|hospital|clinic|ward|trial|scanner|group|batch|cohort|part|fold|set|dataset)(?:[_\-]?(?:\d+|[a-z]))?"
     r"|controls?|patients|cases|healthy)"
 )
-_GROUP_IN_NAME = re.compile(rf"{_GROUP}(?={_SEPARATOR}|$)", re.IGNORECASE)
-_GROUP_LIKE_WORDS = {"cor", "sag", "tra", "ax", "obl", "se", "ir", "nd", "fs", "norm", "head", "mag", "3t", "7t"}
+GROUP_IN_NAME = re.compile(rf"{_GROUP}(?={SEPARATOR}|$)", re.IGNORECASE)
 _PROTOCOL_NUMBER = re.compile(r"\d+mm|\d+x\d+(?:x\d+)?|(?:tr|te|ti|fa|fov|mb|etl)\d+")
 _PUBLIC_FORMS = tuple(
     re.compile(pattern, re.IGNORECASE)
@@ -130,7 +129,7 @@ def has_number(text: str) -> bool:
     >>> has_number("p1"), has_number("site1"), has_number("site1_p1"), has_number("anna")
     (True, False, True, False)
     """
-    return re.search(r"\d", _GROUP_IN_NAME.sub("", text, count=1) if _GROUP_IN_NAME.match(text) else text) is not None
+    return re.search(r"\d", GROUP_IN_NAME.sub("", text, count=1) if GROUP_IN_NAME.match(text) else text) is not None
 
 
 def could_be_subject(session: str, before: str) -> bool:
@@ -139,46 +138,13 @@ def could_be_subject(session: str, before: str) -> bool:
     >>> could_be_subject("m01", "HC"), could_be_subject("m01", "p1"), could_be_subject("visit1", "HC")
     (True, False, False)
     """
-    return _SHORT_SESSION.fullmatch(session) is not None and not has_number(_MAYBE_SESSION.sub("", before))
+    is_short = _SHORT_SESSION.fullmatch(session) is not None or is_long_number(session)
+    return is_short and not has_number(MAYBE_SESSION.sub("", before))
 
 
-def subject_number_words(subject: str) -> tuple[str, ...]:
-    """The words up to the first one with a number; a group at the beginning is passed over.
-
-    >>> subject_number_words("HC_07_b"), subject_number_words("site1_07_b"), subject_number_words("anna")
-    (('hc', '07'), ('site1', '07'), ())
-    """
-    words = split_words(subject)
-    group = _GROUP_IN_NAME.match(subject)
-    start = len(split_words(group.group())) if group else 0
-    start = 0 if start == len(words) else start
-    numbered = [i for i in range(start, len(words)) if re.search(r"\d", words[i])]
-    return words[: numbered[0] + 1] if numbered else ()
-
-
-def spelling(subject: str) -> tuple[str | int, ...]:
-    """Letters and numbers alone: equal for ``P-01``, ``p_1`` and ``p001``."""
-    text = unicodedata.normalize("NFKC", subject).casefold()
-    return tuple(int(part) if part.isdecimal() else part for part in re.findall(r"\d+|[^\W\d_]+", text))
-
-
-def person_words(subject: str) -> tuple[str | int, ...]:
-    """The spelling without all that may be a visit or a protocol: two subjects that agree may be one person.
-
-    >>> person_words("v1_p07") == person_words("p07v2") == person_words("mpr_p07b") == ("p", 7)
-    True
-    """
-    text = _MAYBE_SESSION.sub("", subject)
-    text = _LONG_MAYBE_DATE.sub("", text).strip("_-. ") or text
-    rest = _MAYBE_DATE.sub("", text)
-    return spelling(
-        "_".join(word for word in split_words(rest if has_number(rest) else text) if not _is_protocol(word))
-    )
-
-
-def leading_protocol(subject: str) -> frozenset[str]:
-    """The protocol words in a subject's name that are never names of groups: those before its number."""
-    return frozenset(split_words(subject)) & (PROTOCOL_WORDS - _GROUP_LIKE_WORDS)
+def is_long_number(session: str) -> bool:
+    """Whether a session has a number as large as those of subjects: ``study101``."""
+    return re.fullmatch(r"(?!ses-)[a-z]+[-_ ]?\d{3,}", session, re.IGNORECASE) is not None
 
 
 def keep_words(subject: str, number: int) -> str:
@@ -217,7 +183,7 @@ def _without(text: str, spans: list[tuple[int, int]]) -> str:
 def _without_protocol(identifier: str) -> str:
     """Without protocol words behind the subject's number; before it (``cor_07``) they may name a group."""
     words = list(_WORD.finditer(identifier))
-    protocol = [_is_protocol(word.group().lower()) for word in words]
+    protocol = [is_protocol(word.group().lower()) for word in words]
     numbered = any(has_number(word.group()) for word, known in zip(words, protocol, strict=True) if not known)
     spans, seen_number = [], not numbered
     for word, known in zip(words, protocol, strict=True):
@@ -227,6 +193,6 @@ def _without_protocol(identifier: str) -> str:
     return _without(identifier, spans)
 
 
-def _is_protocol(word: str) -> bool:
+def is_protocol(word: str) -> bool:
     known = word in PROTOCOL_WORDS or _PROTOCOL_NUMBER.fullmatch(word) is not None
     return known or (is_contrast_name(word) and word not in AMBIGUOUS_WORDS)

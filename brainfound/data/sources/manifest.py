@@ -9,6 +9,7 @@ import pandas as pd
 from brainfound.contrasts import CONTRASTS, parse_contrast
 from brainfound.data.sources.covariates import clean_covariates
 from brainfound.data.sources.file_names import UnusedFiles, split_words
+from brainfound.data.sources.persons import find_same_spelling
 from brainfound.data.sources.tables import SourceLayout, SourceTable, contradictions, merge_rows, read_table
 from brainfound.errors import CohortError, UsageError
 
@@ -74,6 +75,8 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     shared = table.groupby("path")["subject"].nunique()
     if (shared > 1).any():
         notes.append(f"{(shared > 1).sum()} files are listed for more than one subject")
+    if doubt := find_same_spelling(set(table["subject"])):
+        notes.append(f"{doubt} are spelled alike; they count as different people")
     unused = _further_label_maps(table, [column for column in mask_columns if column in table])
     return SourceTable(table, path.parent, LAYOUT.name, mask_columns, notes, unused)
 

@@ -34,14 +34,12 @@ from brainfound.data.sources.identifiers import (
     could_be_subject,
     has_number,
     is_group,
+    is_long_number,
     is_session_name,
     keep_words,
-    leading_protocol,
     parse_identifier,
-    person_words,
-    spelling,
-    subject_number_words,
 )
+from brainfound.data.sources.persons import find_doubt
 from brainfound.data.sources.tables import LabelMapRow, SourceLayout, SourceTable, join_label_maps, sort_by_session
 from brainfound.data.sources.words import IN_DOUBT
 from brainfound.errors import CohortError
@@ -54,8 +52,8 @@ _SKIPPED_FOLDERS = {
 }
 """Folders that never name a subject; folders named after a contrast do not either."""
 _LABEL_FOLDERS = {"label", "labels", "labelstr", "labelsts", "mask", "masks", "seg", "segmentations"}
-_SPM_PREFIX = re.compile(r"^(?:s\d+)?(?:m?w?r?(?:wp|wc|rc|c|p)\d|wm|mw|wr|[rwm])(?=[a-z]+[_-]?\d)")
-"""What SPM puts before the name of a scan that it has realigned, warped, corrected or segmented."""
+_ENDS_WITH_NUMBER = re.compile(r"[_\-. ]0\d$")
+_TEMPLATE_FOLDERS = ("fsaverage", "mni152", "icbm152", "mni_icbm152")
 _PROTOCOL_OPTION = re.compile(r"[pe]\d")
 """Acceleration and echo: ``p2`` after a contrast, where it is no subject."""
 _SPLITS = {
@@ -91,6 +89,9 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     unused: UnusedFiles = []
     files = []
     for image in iter_images(path, unused):
+        if any(part.lower().startswith(_TEMPLATE_FOLDERS) for part in image.relative_to(path).parts[:-1]):
+            unused.append((image, "a template"))
+            continue
         file = _describe(path, image)
         if file.is_scan and file.name.contrast == UNKNOWN:
             unused.append((image, file.name.reason))
@@ -143,7 +144,9 @@ def _describe(root: Path, image: Path) -> _File:
     folders = tuple(part for part in parts if not _is_skipped_folder(part))
     outer = parts[: parts.index(folders[0])] if folders else parts
     in_subject = bool(folders) and parse_identifier(folders[-1]).subject != ""
-    if in_subject and re.fullmatch(r"\d{1,2}", name.identifier):  # a repeat number: p1/T1_2.nii.gz
+    is_last = stem(image).endswith(name.identifier)
+    # A repeat number (p1/T1_2.nii.gz) or that of a series (p1/2_T1.nii.gz), but berlin/2_T1.nii.gz may be a person.
+    if in_subject and re.fullmatch(r"\d{1,2}", name.identifier) and (is_last or has_number(folders[-1])):
         name = replace(name, identifier="")
     identity = parse_identifier(name.identifier)
     if not identity.certain:
@@ -207,7 +210,9 @@ def _subjects_from_names(root: Path, files: list[_File]) -> list[SubjectIdentity
     if not all(empty):
         return [file.identity for file in files]
     subject = _subject_from_root(root.resolve())  # t1.nii.gz, flair.nii.gz: the folder is the subject
-    if any(visits) and (subject.session or not has_number(subject.subject)):  # ses-1_T1.nii.gz, ses-2_T1.nii.gz
+    is_doubtful = subject.session or not has_number(subject.subject)
+    # ses-1_T1.nii.gz, ses-2_T1.nii.gz; study101_T1.nii.gz, study102_T1.nii.gz
+    if any(visits) and (is_doubtful or any(is_long_number(file.identity.session or "") for file in files)):
         _refuse("the names say visits, and the folder no subject", root.resolve().name)
     return [replace(subject, session=file.identity.session or subject.session) for file in files]
 
@@ -359,51 +364,8 @@ def _matches_folder(own: SubjectIdentity, home: SubjectIdentity) -> bool:
 
 def _require_unambiguous(identified: list[tuple[_File, SubjectIdentity]]) -> None:
     """Refuse names that may be two subjects or two sessions of one subject."""
-    identities = [identity for file, identity in identified if file.is_scan]
-    subjects = sorted({identity.subject for identity in identities}, key=natural_sort_key)
-    uncertain = sorted({identity.subject for identity in identities if not identity.certain}, key=natural_sort_key)
-    by_letters: dict[str, str] = {}
-    by_spelling: dict[tuple[str | int, ...], str] = {}
-    for subject in subjects:
-        other = by_letters.setdefault(subject.lower(), subject)
-        if other != subject:
-            _refuse("two subjects differ in capital letters only", f"{other} and {subject}")
-        other = by_spelling.setdefault(spelling(subject), subject)
-        if other != subject:
-            _refuse("two subjects differ in separators or zeros only", f"{other} and {subject}")
-    by_original: dict[str, str] = {}
-    for subject in subjects:
-        original = _SPM_PREFIX.sub("", subject.lower())
-        other = by_original.setdefault(original, subject)
-        if other != subject:
-            _refuse("a prefix of processing (r, w, c1, …) may be one subject's", f"{other} and {subject}")
-    by_words = {split_words(subject): subject for subject in subjects}
-    by_number: dict[tuple[str, ...], str] = {}
-    by_person: dict[tuple[str | int, ...], str] = {}
-    for subject in uncertain:
-        words = split_words(subject)
-        if words and words[-1] in ("pre", "post"):
-            _refuse("pre and post may mean visits or a contrast agent", subject)
-        for length in range(1, len(words)):
-            if words[:length] in by_words:
-                _refuse("one name begins with another", f"{by_words[words[:length]]} and {subject}")
-    for subject in subjects:
-        other = by_person.setdefault(person_words(subject), subject)
-        if other != subject:
-            _refuse("they may be two subjects or two visits of one", f"{other} and {subject}")
-    for subject in uncertain:
-        person, first = person_words(subject), split_words(subject)[:2]
-        for length in range(2, len(person)):
-            if person[:length] in by_person:
-                _refuse("one name begins with another", f"{by_person[person[:length]]} and {subject}")
-        # Two words and a third, none with a number: hc_anna_abc, hc_anna_xyz.
-        is_phrase = len(first) == 2 and not has_number(subject) and len(split_words(subject)) > 2
-        number = first if is_phrase else subject_number_words(subject)
-        other = by_number.setdefault(number, subject) if number else subject
-        if other != subject:
-            _refuse("they may be two subjects or two visits of one", f"{other} and {subject}")
-        if leading_protocol(subject) != leading_protocol(uncertain[0]):
-            _refuse("a protocol before a number may be one subject's", f"{uncertain[0]} and {subject}")
+    if doubt := find_doubt([identity for file, identity in identified if file.is_scan]):
+        _refuse(*doubt)
     _require_shared_contrasts([(file, identity) for file, identity in identified if file.is_scan])
     by_scan: dict[tuple[str, str | None, str], tuple[str, ...]] = {}  # the words beside the subject's number
     for file, identity in identified:
@@ -418,14 +380,15 @@ def _require_unambiguous(identified: list[tuple[_File, SubjectIdentity]]) -> Non
 def _require_shared_contrasts(identified: list[tuple[_File, SubjectIdentity]]) -> None:
     """Refuse subjects that may be parts of one name (``anna_301_T1``, ``anna_501_flair``, ``T1_abc_01``).
 
-    Subjects of a group have contrasts in common; the scans of one person, named by protocol, have not.
+    Subjects of a group have contrasts in common; the scans of one person, named by protocol or by the number of the
+    series (``3_T1``, ``5_flair``), have not.
     """
     by_word: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     by_tail: dict[tuple[str, ...], SubjectIdentity] = {}
     for file, identity in identified:
         first = next(iter(split_words(identity.subject)), "")
-        if not identity.certain and not re.search(r"\d", first):
-            by_word[first][identity.subject].add(file.name.contrast)
+        if not identity.certain and (not re.search(r"\d", first) or identity.subject.isdecimal()):
+            by_word["" if identity.subject.isdecimal() else first][identity.subject].add(file.name.contrast)
         tail = _number_after_contrast(file, identity)
         other = by_tail.setdefault(tail, identity) if tail else identity
         if other.subject != identity.subject and not (other.certain and identity.certain):
@@ -448,6 +411,8 @@ def _number_after_contrast(file: _File, identity: SubjectIdentity) -> tuple[str,
 def _require_unique_scans(identified: list[tuple[_File, SubjectIdentity]]) -> None:
     """Refuse a name in two folders: ``train/p1`` and ``test/p1`` may be two subjects, ``raw/p1`` and ``reg/p1`` one."""
     outer_folders: dict[tuple[str, str, str], tuple[str, ...]] = {}
+    contrast_folders: dict[tuple[str, str, str], str] = {}
+    numbered: dict[tuple[str, str, str], str] = {}
     splits: dict[str, str] = {}
     for file, subject in identified:
         for split in {_SPLITS[part.lower()] for part in file.outer if part.lower() in _SPLITS}:
@@ -459,6 +424,14 @@ def _require_unique_scans(identified: list[tuple[_File, SubjectIdentity]]) -> No
             if other != file.outer:
                 folders = " and ".join(f"{'/'.join(outer)}/" for outer in (other, file.outer))
                 _refuse("the same scan of one name lies in several folders", f"{subject.subject!r} in {folders}")
+            if _ENDS_WITH_NUMBER.search(stem(file.path)):
+                other_name = numbered.setdefault(key, file.path.name)
+                if other_name != file.path.name:
+                    _refuse("numbers after the contrast may be people or repeats", f"{other_name}, {file.path.name}")
+            folder = file.path.parent.name
+            is_foreign = is_contrast_name(folder) and parse_filename(Path(folder)).contrast != file.name.contrast
+            if is_foreign and (other_folder := contrast_folders.setdefault(key, folder)) != folder:
+                _refuse("the folders may be visits or contrasts", f"{other_folder}/ and {folder}/")
 
 
 def _refuse(what: str, got: str) -> NoReturn:

@@ -15,7 +15,8 @@ import pandas as pd
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.reading.archives import volume_path
 from brainfound.data.sources.file_names import UnusedFiles, iter_images, stem
-from brainfound.data.sources.identifiers import parse_identifier, person_words
+from brainfound.data.sources.identifiers import parse_identifier
+from brainfound.data.sources.persons import find_doubt
 from brainfound.data.sources.tables import SourceLayout, SourceTable, read_json
 from brainfound.data.sources.words import find_words, read_file_name
 from brainfound.errors import CohortError
@@ -58,11 +59,9 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
         raise CohortError(what, where=path.name, got=folders.idxmax(), remedy="Remove it from one of them")
     people = [parse_identifier(case) for case in table["case"]]
     table["subject"] = [person.subject for person in people]
-    alike: dict[tuple[str | int, ...], str] = {}
-    for subject in dict.fromkeys(table["subject"]):
-        if (other := alike.setdefault(person_words(subject), subject)) != subject:
-            what, remedy = "two cases may be one person", "Write a manifest with subject, session, contrast, path"
-            raise CohortError(what, where=path.name, got=f"{other} and {subject}", remedy=remedy)
+    if doubt := find_doubt(people):
+        remedy = "Write a manifest with subject, session, contrast, path"
+        raise CohortError(f"two cases may be one person: {doubt[0]}", where=path.name, got=doubt[1], remedy=remedy)
     table["session"] = [person.session or "1" for person in people]
     notes = ["each case is taken as a person; write a manifest if one person has several"]
     if names := _label_names(content):

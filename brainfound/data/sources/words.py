@@ -44,6 +44,7 @@ _WARP_MARKS = {"y", "iy", "wj"}
 _AFTER_CONTRAST_ONLY = {"r1", "r2", "s0", "b1", "c", "iv", "with"}
 """Before the contrast, these may name a subject or a repeat."""
 _MAP_WORDS = ("map", "maps", "karte", "carte", "cartes", "mapa")
+_VISITS = {"v1", "v2", "v3"}
 _NAMES_A_GROUP = {"healthy", "normal", "white", "matter", "grey", "gray"}
 _MAYBE_LABEL_MAP = (STRUCTURES.keys() | {"manual", "expert", "rater"}) - _NAMES_A_GROUP
 """What an image may show instead of being the scan: ``T1_hippocampus``."""
@@ -138,8 +139,10 @@ def read_file_name(words: Sequence[str]) -> Reading:
         return Reading(UNKNOWN, f"{IN_DOUBT}: {words[0]!r} may begin with a mark of SPM's maps", (), reading.used)
     if any(item.text in _REFUSED_BEFORE_SUBJECT for item in items) or PUBLIC_TEMPLATES & set(lower[: min(2, begin)]):
         return Reading(UNKNOWN, "a template, a phantom or a map", (), reading.used)
-    maps = _MAYBE_LABEL_MAP | (DIFFUSION_MAPS if reading.contrast in ("DWI", "ADC") else set())
-    shown = [word for word in (*lower[max(begin - 1, 0) : begin], *lower[end:]) if word in maps]
+    shown = [word for word in (*lower[max(begin - 1, 0) : begin], *lower[end:]) if word in _MAYBE_LABEL_MAP]
+    if reading.contrast in ("DWI", "ADC"):
+        maps = DIFFUSION_MAPS - (_VISITS if reading.contrast == "ADC" else set())
+        shown += [word for word in lower[end:] if word in maps]
     if reading.contrast != UNKNOWN and shown:
         return Reading(UNKNOWN, f"{IN_DOUBT}: {shown[0]!r} may say what a map shows", (), reading.used)
     return reading

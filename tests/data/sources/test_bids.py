@@ -394,6 +394,12 @@ def test_a_file_that_names_another_person_than_its_folder_is_not_used(layout, co
     assert any("2 subjects differ from another in leading zeros only" in note for note in cohort.notes)
 
 
+@pytest.mark.parametrize("labels", [("AA", "aa"), ("p1v1", "p1v2"), ("OAS30001MR1", "OAS30001MR2")])
+def test_labels_that_may_be_one_person_are_refused(layout, labels):
+    with pytest.raises(CohortError, match="may be one person"):
+        Cohort.read(layout(*(f"sub-{label}/anat/sub-{label}_T1w.nii.gz" for label in labels)))
+
+
 def test_a_folder_of_dicom_is_not_bids_for_its_names(layout):
     from brainfound.data.sources import bids, fomo60k
 

@@ -82,6 +82,9 @@ def test_derivatives_of_the_same_people_are_not_taken_for_others(layout, above):
     [
         ("wave1", "wave2", "visits of the same people"),
         ("ses-1", "ses-2", "visits of the same people"),
+        ("pre", "post", "visits or contrasts of the same people"),
+        ("data2019", "data2020", "visits or contrasts of the same people"),
+        ("anat", "dwi_bids", "visits or contrasts of the same people"),
         ("bids", "bids_stripped", "versions of one data set"),
         ("study_raw", "study_preproc", "versions of one data set"),
         ("ds000001", "ds000001-fmriprep", "versions of one data set"),

@@ -140,6 +140,13 @@ def test_repeated_rows_are_dropped_and_shared_files_are_noted(tmp_path):
     assert any("1 files are listed for more than one subject" in note for note in cohort.notes)
 
 
+def test_subjects_that_are_spelled_alike_are_noted(tmp_path):
+    (tmp_path / "manifest.tsv").write_text("subject\tcontrast\tpath\np1\tT1w\ta.nii\nP01\tT1w\tb.nii\n")
+    cohort = Cohort.read(tmp_path)
+    assert cohort.notes == ["P01 and p1 are spelled alike; they count as different people"]
+    assert cohort.table["subject"].tolist() == ["p1", "P01"]
+
+
 def test_names_of_columns_are_found_in_any_case(tmp_path):
     (tmp_path / "manifest.csv").write_text("Participant_ID, Session_ID,Contrast,Path,Age,Sex\n1,a,t1,a.nii,40,F\n")
     (session,) = Cohort.read(tmp_path).sessions()

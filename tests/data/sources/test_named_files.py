@@ -216,6 +216,18 @@ def test_folders_of_subjects_visits_and_groups(layout, contents, names, expected
         (("p001_T1", "rp001_FLAIR"), "prefix of processing"),
         (("case07_T1", "c1case07_T2", "wmcase07_FLAIR"), "prefix of processing"),
         (("study2021_001_T1", "study2021_002_T1"), "two subjects or two visits"),
+        (("Eva_Roth_T1", "Roth_Eva_FLAIR"), "the order of their words"),
+        (("Jürgens3_T1", "Juergens3_FLAIR"), "separators or zeros"),
+        (("eva_T1", "reva_FLAIR"), "prefix of processing"),
+        (("3_T1", "5_FLAIR", "8_T2"), "subjects, or series of one"),
+        (("p1_Besuch1_T1", "p1_Besuch2_T1"), "two subjects or two visits"),
+        (("eva_vorher_T1", "eva_nachher_T1"), "two subjects or two visits"),
+        (("eva_I_T1", "eva_II_T1"), "two subjects or two visits"),
+        (("eva_01.03.19_T1", "eva_02.04.20_T1"), "two subjects or two visits"),
+        (("eva_2019_T1", "eva_2020_T1", "ole_2019_T1"), "two subjects or two visits"),
+        (("ward7/T1_01", "ward7/T1_02"), "people or repeats"),
+        (("p1/T1/flair", "p1/T2/flair"), "visits or contrasts"),
+        (("trial2/study101/T1", "trial2/study102/T1"), "visits or subjects"),
         (("participant1_1_T1", "participant1_2_T1"), "two subjects or two visits"),
         (("p1/left_T1", "p1/right_T1", "p2/left_T1"), "a protocol or a person"),
         (("p1/ses-1/p2_T1",), "names another subject than its folders"),
@@ -224,6 +236,12 @@ def test_folders_of_subjects_visits_and_groups(layout, contents, names, expected
 def test_what_leaves_doubt_asks_for_a_manifest(layout, names, why):
     with pytest.raises(CohortError, match=rf"{why}.*Write a manifest"):
         Cohort.read(layout(*(f"{name}.nii.gz" for name in names)))
+
+
+def test_templates_are_no_subjects(layout, contents):
+    cohort = Cohort.read(layout("p1/mri/T1.mgz", "fsaverage/mri/T1.mgz"))
+    assert list(contents(cohort)) == [("p1", "1")]
+    assert [(file.parts[-3], reason) for file, reason in cohort.unused] == [("fsaverage", "a template")]
 
 
 def test_a_label_map_of_nobody_is_listed_and_stops_nothing(layout):

@@ -60,9 +60,17 @@ def test_volumes_of_the_decathlon_are_channels(layout, tmp_path):
 
 
 def test_cases_that_may_be_one_person_are_refused(layout):
-    root = layout(*(f"imagesTr/{case}_0000.nii.gz" for case in ("p7", "P07", "q8")))
-    with pytest.raises(CohortError, match="two cases may be one person"):
-        Cohort.read(describe(root, channel_names={"0": "T1"}, labels={}))
+    for number, cases in enumerate(
+        [
+            ("p7", "P07", "q8"),
+            ("training01_01", "training01_02"),
+            ("Eva_1.3.19", "Eva_2.4.20"),
+            ("MS_study_001", "MS_study_002"),
+        ]
+    ):
+        root = layout(*(f"set{number}/imagesTr/{case}_0000.nii.gz" for case in cases)) / f"set{number}"
+        with pytest.raises(CohortError, match="two cases may be one person"):
+            Cohort.read(describe(root, channel_names={"0": "T1"}, labels={}))
 
 
 def test_channels_without_a_contrast_and_cases_in_both_parts_are_refused(layout):

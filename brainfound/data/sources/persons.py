@@ -1,0 +1,185 @@
+"""Whether several subjects of a source may be one person, who would leak across splits."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+
+from brainfound.data.sources.file_names import natural_sort_key, split_words
+from brainfound.data.sources.identifiers import (
+    DAY,
+    GROUP_IN_NAME,
+    MAYBE_SESSION,
+    MONTH,
+    SEPARATOR,
+    YEAR,
+    SubjectIdentity,
+    has_number,
+    is_group,
+    is_protocol,
+)
+from brainfound.data.sources.words import PROTOCOL_WORDS
+
+Doubt = tuple[str, str]
+"""What is in doubt, and the names."""
+
+_SHORT_MAYBE_DATE = rf"(?:{YEAR}(?:{MONTH})?|\d\d{MONTH}{DAY}|{DAY}{MONTH}\d\d)"
+_MAYBE_DATE, _LONG_MAYBE_DATE = (
+    re.compile(rf"(?:(?<={SEPARATOR})|^)(?:{pattern})(?={SEPARATOR}|$)")
+    for pattern in (_SHORT_MAYBE_DATE, rf"{YEAR}[-._]{MONTH}|{DAY}{DAY}{YEAR}")
+)
+"""Spellings of dates that may as well be numbers of subjects."""
+
+_GROUP_LIKE_WORDS = {"cor", "sag", "tra", "ax", "obl", "se", "ir", "nd", "fs", "norm", "head", "mag", "3t", "7t"}
+_SPM_PREFIX = re.compile(r"^(?:s\d+)?(?:m?w?r?(?:wp|wc|rc|c|p)\d|wm|mw|wr|rw|rm|mr|[rwm])(?=[a-z])")
+"""What SPM puts before the name of a scan that it has realigned, warped, corrected or segmented."""
+_DATE = re.compile(
+    rf"\d{{1,2}}[-._]\d{{1,2}}[-._](?:{YEAR}|\d\d)|\d\d{MONTH}{DAY}|{DAY}{MONTH}\d\d|{YEAR}[-._]?q[1-4]"
+    rf"|(?:\d{{1,2}}[-._]?)?[^\W\d_]{{3,9}}[-._]?{YEAR}",
+    re.IGNORECASE,
+)
+"""What is hardly the number of a person."""
+_ACCESSION = re.compile(r"[a-z]{0,3}\d{5,}|[a-z]\d{4,}", re.IGNORECASE)
+"""The number of an examination, or of a person."""
+_MAX_VISITS = 4
+"""With more names of one first word, the word names a group and not a person."""
+
+
+def find_doubt(identities: Sequence[SubjectIdentity]) -> Doubt | None:
+    """The first doubt about the subjects of a source; None if each is surely another person."""
+    subjects = sorted({identity.subject for identity in identities}, key=natural_sort_key)
+    uncertain = sorted({identity.subject for identity in identities if not identity.certain}, key=natural_sort_key)
+    return (
+        _find_equal(subjects, str.lower, "two subjects differ in capital letters only")
+        or _find_equal(subjects, spelling, "two subjects differ in separators or zeros only")
+        or _find_equal(uncertain, _sorted_names, "two subjects differ in the order of their words only")
+        or _find_processed(subjects)
+        or _find_beginnings(subjects, uncertain)
+        or _find_equal(subjects, person_words, _ONE_OR_TWO)
+        or _find_shared_numbers(subjects, uncertain)
+        or _find_dates(uncertain)
+    )
+
+
+_ONE_OR_TWO = "they may be two subjects or two visits of one"
+
+
+def find_same_spelling(subjects: Iterable[str]) -> str | None:
+    """Two subjects that differ in capital letters, separators or zeros only, or None."""
+    doubt = _find_equal(sorted(subjects), spelling, "")
+    return doubt and doubt[1]
+
+
+def _find_equal(subjects: Iterable[str], key: Callable[[str], Hashable], what: str) -> Doubt | None:
+    found: dict[Hashable, str] = {}
+    for subject in subjects:
+        value = key(subject)
+        if value is not None and (other := found.setdefault(value, subject)) != subject:
+            return what, f"{other} and {subject}"
+    return None
+
+
+def _sorted_names(subject: str) -> tuple[str, ...] | None:
+    """The words of a name without a number, in alphabetical order: ``Anna_Meier`` and ``Meier_Anna`` are equal."""
+    return None if re.search(r"\d", subject) else tuple(sorted(map(str, spelling(subject))))
+
+
+def _find_processed(subjects: Sequence[str]) -> Doubt | None:
+    """Subjects of which one name is the other with a mark of SPM; both with a number, or both without one."""
+    names = {subject.lower(): subject for subject in subjects}
+    originals = {lower: _SPM_PREFIX.sub("", lower) for lower in names}
+    by_number = {lower: original for lower, original in originals.items() if re.match(r"[a-z]+[_-]?\d", original)}
+    found: dict[str, str] = {}
+    for lower, subject in names.items():
+        other = found.setdefault(by_number.get(lower, lower), subject)
+        if other == subject and len(originals[lower]) > 2 and originals[lower] != lower:
+            other = names.get(originals[lower], subject)
+        if other != subject:
+            return "a prefix of processing (r, w, c1, …) may be one subject's", f"{other} and {subject}"
+    return None
+
+
+def _find_beginnings(subjects: Iterable[str], uncertain: Iterable[str]) -> Doubt | None:
+    by_words = {split_words(subject): subject for subject in subjects}
+    for subject in uncertain:
+        words = split_words(subject)
+        if words and words[-1] in ("pre", "post"):
+            return "pre and post may mean visits or a contrast agent", subject
+        for length in range(1, len(words)):
+            if words[:length] in by_words:
+                return "one name begins with another", f"{by_words[words[:length]]} and {subject}"
+    return None
+
+
+def _find_shared_numbers(subjects: Sequence[str], uncertain: Sequence[str]) -> Doubt | None:
+    by_person = {person_words(subject): subject for subject in subjects}
+    by_number: dict[tuple[str, ...], str] = {}
+    for subject in uncertain:
+        person, first = person_words(subject), split_words(subject)[:2]
+        for length in range(2, len(person)):
+            if person[:length] in by_person:
+                return "one name begins with another", f"{by_person[person[:length]]} and {subject}"
+        # Two words and a third, none with a number: hc_anna_abc, hc_anna_xyz.
+        is_phrase = len(first) == 2 and not has_number(subject) and len(split_words(subject)) > 2
+        number = first if is_phrase else subject_number_words(subject)
+        other = by_number.setdefault(number, subject) if number else subject
+        if other != subject:
+            return _ONE_OR_TWO, f"{other} and {subject}"
+        if leading_protocol(subject) != leading_protocol(uncertain[0]):
+            return "a protocol before a number may be one subject's", f"{uncertain[0]} and {subject}"
+    return None
+
+
+def _find_dates(uncertain: Iterable[str]) -> Doubt | None:
+    """A name that goes on with dates; among several names (``Meier``, ``Huber``) also with numbers of examinations."""
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for subject in uncertain:
+        if match := re.match(r"[^\W\d_]{3,}", subject):
+            by_name[match.group().lower()].append(subject)
+    for name, named in by_name.items():
+        rests = [subject[len(name) :].strip("_-. ") for subject in named]
+        are_dates = all(map(_DATE.fullmatch, rests))
+        maybe = len(by_name) > 1 and all(_MAYBE_DATE.fullmatch(rest) or _ACCESSION.fullmatch(rest) for rest in rests)
+        if 1 < len(named) <= _MAX_VISITS and (are_dates or maybe) and not is_group(name):
+            return _ONE_OR_TWO, f"{named[0]} and {named[1]}"
+    return None
+
+
+def spelling(subject: str) -> tuple[str | int, ...]:
+    """Letters and numbers alone: equal for ``P-01``, ``p_1`` and ``p001``, and for ``Müller`` and ``Mueller``."""
+    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", subject).casefold())
+    text = re.sub("(?<=[aou])e", "", "".join(sign for sign in text if not unicodedata.combining(sign)))
+    return tuple(int(part) if part.isdecimal() else part for part in re.findall(r"\d+|[^\W\d_]+", text))
+
+
+def person_words(subject: str) -> tuple[str | int, ...]:
+    """The spelling without all that may be a visit or a protocol: two subjects that agree may be one person.
+
+    >>> person_words("v1_p07") == person_words("p07v2") == person_words("mpr_p07b") == ("p", 7)
+    True
+    """
+    text = MAYBE_SESSION.sub("", subject)
+    text = _LONG_MAYBE_DATE.sub("", text).strip("_-. ") or text
+    rest = _MAYBE_DATE.sub("", text)
+    return spelling("_".join(word for word in split_words(rest if has_number(rest) else text) if not is_protocol(word)))
+
+
+def leading_protocol(subject: str) -> frozenset[str]:
+    """The protocol words in a subject's name that are never names of groups: those before its number."""
+    return frozenset(split_words(subject)) & (PROTOCOL_WORDS - _GROUP_LIKE_WORDS)
+
+
+def subject_number_words(subject: str) -> tuple[str, ...]:
+    """The words up to the first one with a number; a group at the beginning is passed over.
+
+    >>> subject_number_words("HC_07_b"), subject_number_words("site1_07_b"), subject_number_words("anna")
+    (('hc', '07'), ('site1', '07'), ())
+    """
+    words = split_words(subject)
+    group = GROUP_IN_NAME.match(subject)
+    start = len(split_words(group.group())) if group else 0
+    start = 0 if start == len(words) else start
+    numbered = [i for i in range(start, len(words)) if re.search(r"\d", words[i])]
+    return words[: numbered[0] + 1] if numbered else ()
