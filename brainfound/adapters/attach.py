@@ -90,7 +90,7 @@ def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
     _freeze_idle(model)
     if recipe.method == "last_blocks" and not any(p.requires_grad for p in _encoder(model).blocks.parameters()):
         text = "the decoder reads none of the last blocks: they would learn nothing"
-        remedy = "Ask for more blocks, or read later ones (decoder_layers)"
+        remedy = "Train more blocks, or decode later ones (decoder_layers)"
         raise RecipeError(text, where="blocks", got=recipe.blocks, remedy=remedy)
     return model
 

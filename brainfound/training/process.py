@@ -64,7 +64,7 @@ def describe_device(device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
         return str(device), f"{torch.cuda.device_count()} CUDA device(s) visible: {torch.cuda.get_device_name(device)}"
     if device.type == "cpu":
-        forced = "CUDA devices are visible but Accelerate was told to use the CPU"
+        forced = "CUDA devices are visible but Accelerate is set to use the CPU"
         return "cpu", forced if torch.cuda.is_available() else "this PyTorch sees no GPU"
     return str(device), f"chosen by Accelerate ({device.type})"
 

@@ -243,7 +243,7 @@ def find_resume_checkpoint(
         return None  # killed before the first checkpoint: the same run from its first step
     if name is None:
         remedy = "Start again with another --out"
-        raise TrainingError("no checkpoint of this run is whole", where=checkpoints, remedy=remedy)
+        raise TrainingError("every checkpoint of this run is damaged", where=checkpoints, remedy=remedy)
     (missing,) = distributed.any_over_ranks(not (checkpoints / name).is_dir(), device=accelerator.device)
     if missing:
         remedy = "Give an --out on a disk that all machines share, or wait until they all see it"
