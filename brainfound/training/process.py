@@ -10,7 +10,7 @@ import atexit
 import signal
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -83,9 +83,6 @@ class PrecisionProbe:
     bf16_gflops: float | None
     """None if bfloat16 does not work."""
     fp32_gflops: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @lru_cache
