@@ -56,9 +56,6 @@ class ParameterCount(NamedTuple):
     trainable: int
     total: int
 
-    def __str__(self) -> str:
-        return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.trainable / self.total:.2%})"
-
 
 def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
     """Freeze a BrainFound model or slice encoder except for the part that a recipe trains.
