@@ -44,17 +44,13 @@ CONTRASTS: dict[str, Contrast] = {contrast.name: contrast for contrast in _TABLE
 _BY_ALIAS = {alias: c.name for c in _TABLE for alias in (c.name.lower(), *c.aliases)}
 
 
-def _squeeze(text: str) -> str:
-    return re.sub(r"[^a-z0-9*]", "", text.lower()).replace("t2*", "t2star")
-
-
 def parse_contrast(text: str) -> str:
     """The canonical name of a contrast, from any known spelling; UsageError suggests the nearest one.
 
     >>> parse_contrast("t1gd"), parse_contrast("DWI_b1000"), parse_contrast("t2*")
     ('T1ce', 'DWI', 'T2starw')
     """
-    name = _BY_ALIAS.get(_squeeze(text))
+    name = _BY_ALIAS.get(re.sub(r"[^a-z0-9*]", "", text.lower()).replace("t2*", "t2star"))
     if name is None:
         remedy = did_you_mean(text, [*_BY_ALIAS, *CONTRASTS])
         if not remedy.startswith("Did"):  # nothing is close: list the names without aliases

@@ -56,9 +56,6 @@ class ParameterCount(NamedTuple):
     trainable: int
     total: int
 
-    def __str__(self) -> str:
-        return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.trainable / self.total:.2%})"
-
 
 def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
     """Freeze a BrainFound model or slice encoder except for the part that a recipe trains.
@@ -90,7 +87,7 @@ def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
     _freeze_idle(model)
     if recipe.method == "last_blocks" and not any(p.requires_grad for p in _encoder(model).blocks.parameters()):
         text = "the decoder reads none of the last blocks: they would learn nothing"
-        remedy = "Ask for more blocks, or read later ones (decoder_layers)"
+        remedy = "Train more blocks, or decode later ones (decoder_layers)"
         raise RecipeError(text, where="blocks", got=recipe.blocks, remedy=remedy)
     return model
 

@@ -36,7 +36,6 @@ from brainfound.adapters.bundle_reader import (
     MODEL_CLASSES,
     SCHEMA_VERSION,
     TRAINED_FILE,
-    Bundle,
     base_encoder_state,
     file_hash,
     is_encoder_key,
@@ -52,8 +51,6 @@ from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.models.infer import unwrap_peft
 from brainfound.models.model_folder import is_hub_id, silence_transformers
 from brainfound.report.cards import write_model_card
-
-__all__ = ["Bundle", "load_bundle", "save_bundle"]
 
 _TOLERANCE = 1e-5
 # A reloaded pissa weight sums the same terms in another order, in every block.

@@ -210,7 +210,7 @@ def _load_base(kind: type[Any], config: BrainFoundConfig, base: dict[str, Any], 
     elif base["is_brainfound"]:
         with warnings.catch_warnings():
             # The bundle's head replaces the base's.
-            warnings.filterwarnings("ignore", message=".*the head begins anew")
+            warnings.filterwarnings("ignore", message=".*the head gets new weights")
             model = kind.from_pretrained(where, config=config, ignore_mismatched_sizes=True)
     else:
         model = kind(config, backbone=load_backbone(where))

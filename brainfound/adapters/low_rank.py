@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from brainfound.errors import ModelError, RecipeError
 
-PEFT_PREFIX = "base_model.model."
 _ATTRIBUTE = "before_merge"
 
 
@@ -141,7 +140,7 @@ def convert_pissa_to_lora(folder: Path, body: nn.Module) -> None:
     weights_path, settings_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     tensors = load_file(weights_path)
     for name, start in starts.items():
-        down, up = (f"{PEFT_PREFIX}{name}.lora_{part}.weight" for part in "AB")
+        down, up = (f"base_model.model.{name}.lora_{part}.weight" for part in "AB")
         tensors[down] = torch.cat((tensors[down], start.down))
         tensors[up] = torch.cat((tensors[up], -start.up), dim=1)
     save_file(tensors, weights_path, metadata={"format": "pt"})

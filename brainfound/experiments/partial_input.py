@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from brainfound.adapters.bundle import Bundle, load_bundle
+from brainfound.adapters.bundle_reader import Bundle, load_bundle
 from brainfound.data.splits.split_file import Split
 from brainfound.data.store import Store
 from brainfound.errors import ModelError, UsageError

@@ -79,11 +79,11 @@ def f1(labels: Any, predictions: Any, positive: Any = 1) -> float:
 
     Labels and predictions are (N,), numbers or text; ``nan`` when the class neither occurs nor is predicted.
     """
-    expected, predicted = label_pair(labels, predictions)
-    num_named = int((expected == positive).sum()) + int((predicted == positive).sum())
+    expected, predicted = (values == positive for values in label_pair(labels, predictions))
+    num_named = int(expected.sum()) + int(predicted.sum())
     if num_named == 0:
         return float("nan")
-    return 2 * int(((expected == positive) & (predicted == positive)).sum()) / num_named
+    return 2 * int((expected & predicted).sum()) / num_named
 
 
 def macro_f1(labels: Any, predictions: Any) -> float:

@@ -131,7 +131,7 @@ def compare_pairs(
         pairs = [
             {"metric": metric, "system": name, "against": against}
             | _compute_difference(metric, read[name], read[against], resampling)
-            | _counts(metric, read[name])
+            | _counts(metric, read[name].select_scored(metric)[2])
             for against, name in itertools.combinations(read, 2)
         ]
         rows += _apply_holm(pairs)
@@ -167,11 +167,10 @@ class _Resampling:
 def _score_row(metric: str, name: str, system: Cases, resampling: _Resampling) -> dict[str, Any]:
     truth, (answers,), subjects = system.select_scored(metric)
     value, low, high = resampling.interval(system.metric(metric), subjects, truth, answers)
-    return {"metric": metric, "system": name, "value": value, "low": low, "high": high} | _counts(metric, system)
+    return {"metric": metric, "system": name, "value": value, "low": low, "high": high} | _counts(metric, subjects)
 
 
-def _counts(metric: str, system: Cases) -> dict[str, Any]:
-    _, _, subjects = system.select_scored(metric)
+def _counts(metric: str, subjects: np.ndarray) -> dict[str, Any]:
     higher_is_better = METRICS[metric_name(metric)].higher_is_better
     return {"higher_is_better": higher_is_better, "num_cases": len(subjects), "num_subjects": len(set(subjects))}
 

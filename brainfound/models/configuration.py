@@ -15,17 +15,14 @@ from brainfound.models.decoders import DECODERS
 from brainfound.models.stem import STEMS
 
 SLICE_FEATURES = ("cls", "patches", "cls_and_patches")
-REGRESSION_HEADS = ("point", "gaussian", "bins")
-REGRESSION_LOSSES = ("smooth_l1", "l1", "huber")
-SEGMENTATION_LOSSES = ("dice_cross_entropy", "dice_focal", "tversky", "focal_tversky")
 _KNOWN_NAMES: dict[str, Iterable[str]] = {
     "stem": STEMS,
     "slice_features": SLICE_FEATURES,
     "aggregator": AGGREGATORS,
     "decoder": DECODERS,
-    "segmentation_loss": SEGMENTATION_LOSSES,
-    "regression_head": REGRESSION_HEADS,
-    "regression_loss": REGRESSION_LOSSES,
+    "segmentation_loss": ("dice_cross_entropy", "dice_focal", "tversky", "focal_tversky"),
+    "regression_head": ("point", "gaussian", "bins"),
+    "regression_loss": ("smooth_l1", "l1", "huber"),
 }
 _SMALLEST = {
     **dict.fromkeys(("slice_chunk", "aggregator_layers", "aggregator_width", "decoder_width", "tversky_gamma"), 1),

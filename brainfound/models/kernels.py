@@ -182,10 +182,7 @@ def packed_attention(
     scaling: float | None = None,
 ) -> Float[Tensor, "T H d"]:
     """softmax(q kᵀ · scaling) v within each sequence of a packing; scaling None: 1 / sqrt(d)."""
-    if kernel not in _KERNELS:
-        raise ModelError(f"unknown attention kernel {kernel!r}", expected=f"one of {', '.join(_KERNELS)}")
-    if packing.num_tokens != query.shape[1]:
-        raise ModelError("the packing does not fit the tokens", got=query.shape[1], expected=packing.num_tokens)
+    assert packing.num_tokens == query.shape[1], "the packing must fit the tokens"
     return _KERNELS[kernel](query, key, value, packing, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 

@@ -141,11 +141,11 @@ def load_checked(
         requested_head = _describe_head(kind, _requested_config(saved, options))
     if saved_head != requested_head and not allows_new_head:
         raise ModelError(
-            "the saved head gives other answers than requested",
+            "the saved head has other outputs than requested",
             where=source,
             got=requested_head,
             expected=saved_head,
-            remedy="Load it as it was saved, or give ignore_mismatched_sizes=True: then its last layer begins anew",
+            remedy="Load it as it was saved, or give ignore_mismatched_sizes=True for a new last layer",
         )
     with reading_model(source), silence_transformers():
         # Mismatched shapes are refused below, with the names of the weights.
@@ -154,8 +154,8 @@ def load_checked(
     if saved_head != requested_head:
         new_parts += (_OUTPUT_LAYERS[kind.__name__],)
         _reinitialise(model, _OUTPUT_LAYERS[kind.__name__])
-        reason = f"the saved one has {saved_head} and {requested_head} are wanted"
-        warnings.warn(f"{source}: the head begins anew, because {reason}", stacklevel=3)
+        heads = f"the saved one has {saved_head}, the requested one {requested_head}"
+        warnings.warn(f"{source}: the head gets new weights, because {heads}", stacklevel=3)
 
     def is_kept(key: str) -> bool:
         name = key.removeprefix("brainfound.")

@@ -84,9 +84,8 @@ def write_phantom_cohort(
         if out.exists():
             out.rmdir()
         os.replace(unfinished, out)
-    except BaseException:
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return out
 
 

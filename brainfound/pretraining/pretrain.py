@@ -101,7 +101,7 @@ def pretrain(
 def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet: bool, notes: list[str]) -> Path:
     recipe, accelerator, console = run_folder.start_process(folder, recipe, AUTO_KEYS, resume, quiet)
     if recipe.engine.parallel == "fsdp" and accelerator.num_processes == 1:
-        notes = [*notes, "engine.parallel is fsdp, but one process has nobody to share with: nothing is sharded"]
+        notes = [*notes, "engine.parallel is fsdp, but there is a single process: nothing is sharded"]
     for note in [*notes, *run_preflight_checks(recipe, store, accelerator.num_processes)]:
         console.print(note)
     with run_folder.lock_run_folder(folder, resume, accelerator):

@@ -6,7 +6,7 @@ Axis legend: ``n`` slices of one micro-batch on one rank, ``C`` contrasts, ``H W
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,6 @@ class PretrainBatch:
     """Another slice of the same session for each slice, if views need one."""
     present_numpy: Bool[np.ndarray, "n C"] | None = None
     """`present` as an array, which stays on the CPU when the tensors move."""
-
-    def to(self, device: torch.device) -> PretrainBatch:
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
 
     @property
     def present_on_cpu(self) -> Bool[Tensor, "n C"]:

@@ -31,10 +31,10 @@ from brainfound.models.backbones import SUPPORTED_BACKBONES, load_backbone_confi
 from brainfound.models.encoder import SliceEncoder
 from brainfound.models.loading import is_brainfound, load_initial_model
 from brainfound.recipes import Recipe
+from brainfound.training.optim import NEW_TOKENS
 from brainfound.training.randomness import INITIALISATION, derive_seed, torch_generator
 
 FROM_SCRATCH = "none"
-NEW_PARAMETERS = ("mask_token", "contrast_embedding")
 _ADAPTER = "default"
 # Random streams of the model and of updates, apart from those of heads and decoders, which count from 0.
 _MODEL_STREAM, _ADAPTER_STREAM = 1000, 2000
@@ -176,7 +176,7 @@ def select_trainable_part(encoder: SliceEncoder, recipe: TrainedPartRecipe, seed
                 module.requires_grad_(True)
     unfreeze_last_blocks(encoder, recipe.blocks)
     for name, parameter in encoder.named_parameters():
-        if any(part in name for part in NEW_PARAMETERS):
+        if any(part in name for part in NEW_TOKENS):
             parameter.requires_grad_(True)
     return encoder
 

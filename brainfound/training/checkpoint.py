@@ -79,7 +79,7 @@ def wrap_write_errors(what: str, where: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        remedy = "Free some space (or ask for a larger quota) and continue with --resume"
+        remedy = "Free some space (or get a larger quota) and continue with --resume"
         raise TrainingError(f"{what} cannot be written", where=where, got=str(error)[:200], remedy=remedy) from error
 
 
@@ -150,7 +150,7 @@ def latest_valid_checkpoint(folder: Path) -> Path | None:
         fault = find_corruption(path)
         if fault is None:
             return path
-        warnings.warn(f"the checkpoint {path.name} is torn ({fault}); going back to the one before", stacklevel=2)
+        warnings.warn(f"the checkpoint {path.name} is damaged ({fault}); the one before is used", stacklevel=2)
     return None
 
 
@@ -237,7 +237,7 @@ def _require_free_space(folder: Path, needed: int, what_for: str, remedy: str) -
 def update_checkpoint_state(path: Path, changes: Mapping[str, Any]) -> None:
     """Change plain values of a checkpoint atomically; TrainingError if it is corrupt or cannot be written."""
     if fault := find_corruption(path):
-        raise TrainingError("the checkpoint to go back to is not whole", where=path, got=fault)
+        raise TrainingError("the checkpoint to return to is damaged", where=path, got=fault)
     with wrap_write_errors("the return to a checkpoint", path):
         write_atomically(path / STATE_FILE, json.dumps({**read_state(path), **changes}, indent=2))
         fsync(path)

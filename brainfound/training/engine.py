@@ -305,7 +305,7 @@ class Engine:
             self.log.truncate_after(-1)  # lines of a run that was killed before its first checkpoint
         else:
             self.resume(path)
-            self.log.notify(f"going on from {path.name}")
+            self.log.notify(f"resumed from {path.name}")
         self.accelerator.wait_for_everyone()
 
     def require_space(self) -> None:

@@ -27,7 +27,8 @@ from brainfound.training.distributed import max_over_ranks, to_full_tensor
 from brainfound.training.schedules import Role
 
 _TOKENS = ("cls_token", "register_tokens", "position_embeddings")
-_NEW_TOKENS = ("mask_token", "contrast_embedding")
+NEW_TOKENS = ("mask_token", "contrast_embedding")
+"""Parameters of an encoder that a plain ViT lacks, or has untrained."""
 _HEAD = re.compile(r"(?:^|\.)heads?\.")
 
 
@@ -64,10 +65,10 @@ def parameter_settings(name: str, parameter: nn.Parameter, num_layers: int, reci
     ``layer_decay ** (num_layers + 1 − layer)``. Heads, mask token (zero in released checkpoints) and contrast
     embeddings are "new" and learn at the full rate from the first step.
     """
-    decays = parameter.ndim > 1 and not any(part in name for part in (*_TOKENS, *_NEW_TOKENS))
+    decays = parameter.ndim > 1 and not any(part in name for part in (*_TOKENS, *NEW_TOKENS))
     if _HEAD.search(name):
         return ParameterSettings("last_layer" if "last_layer" in name else "new", 1.0, decays)
-    if any(part in name for part in _NEW_TOKENS):
+    if any(part in name for part in NEW_TOKENS):
         return ParameterSettings("new", 1.0, decays)
     if ".lora_" in name:
         # Low-rank updates wait for the heads as the backbone does. They need no layer decay: the frozen matrix keeps

@@ -10,7 +10,7 @@ import atexit
 import signal
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -64,7 +64,7 @@ def describe_device(device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
         return str(device), f"{torch.cuda.device_count()} CUDA device(s) visible: {torch.cuda.get_device_name(device)}"
     if device.type == "cpu":
-        forced = "CUDA devices are visible but Accelerate was told to use the CPU"
+        forced = "CUDA devices are visible but Accelerate is set to use the CPU"
         return "cpu", forced if torch.cuda.is_available() else "this PyTorch sees no GPU"
     return str(device), f"chosen by Accelerate ({device.type})"
 
@@ -83,9 +83,6 @@ class PrecisionProbe:
     bf16_gflops: float | None
     """None if bfloat16 does not work."""
     fp32_gflops: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @lru_cache

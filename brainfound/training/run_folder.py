@@ -11,6 +11,7 @@ import platform
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -243,7 +244,7 @@ def find_resume_checkpoint(
         return None  # killed before the first checkpoint: the same run from its first step
     if name is None:
         remedy = "Start again with another --out"
-        raise TrainingError("no checkpoint of this run is whole", where=checkpoints, remedy=remedy)
+        raise TrainingError("every checkpoint of this run is damaged", where=checkpoints, remedy=remedy)
     (missing,) = distributed.any_over_ranks(not (checkpoints / name).is_dir(), device=accelerator.device)
     if missing:
         remedy = "Give an --out on a disk that all machines share, or wait until they all see it"
@@ -258,26 +259,19 @@ def is_run_complete(folder: Path, checkpoint: Path | None, num_steps: int) -> bo
     return checkpoint == last and is_exported and _read_facts(folder)["status"] == DONE
 
 
-def restore_auto_settings(folder: Path, recipe: AnyRecipe, keys: Sequence[str], resume: bool) -> AnyRecipe:
-    """Replace "auto" in engine settings by the resumed run's values; a second measurement could differ."""
-    engine: Any = recipe.engine  # type: ignore[attr-defined]
-    auto_keys = [key for key in keys if getattr(engine, key) == "auto"]
-    if not (auto_keys and resume and is_run_folder(folder)):
-        return recipe
-    before = read_saved_recipe(folder).get("engine")
-    resolved = {key: before[key] for key in auto_keys if key in before} if isinstance(before, dict) else {}
-    return recipe.model_copy(update={"engine": engine.model_copy(update=resolved)})
-
-
 def start_process(
     folder: Path, recipe: AnyRecipe, auto_keys: Sequence[str], resume: bool, quiet: bool
 ) -> tuple[AnyRecipe, accelerate.Accelerator, Console]:
     """The recipe with the precision in use, the accelerator, and the console, which only the main rank prints on.
 
-    A run to be resumed keeps its precision and its choice of `auto_keys`.
+    A run to be resumed keeps its precision and its choice of `auto_keys`: a second measurement could differ.
     """
-    recipe = restore_auto_settings(folder, recipe, ("precision", *auto_keys), resume)
     engine: Any = recipe.engine  # type: ignore[attr-defined]
+    auto_keys = [key for key in ("precision", *auto_keys) if getattr(engine, key) == "auto"]
+    if auto_keys and resume and is_run_folder(folder):
+        before = read_saved_recipe(folder).get("engine")
+        resolved = {key: before[key] for key in auto_keys if key in before} if isinstance(before, dict) else {}
+        engine = engine.model_copy(update=resolved)
     accelerator = make_accelerator(engine.precision)
     engine = engine.model_copy(update={"precision": accelerator.mixed_precision})
     return recipe.model_copy(update={"engine": engine}), accelerator, make_console(accelerator, quiet)
@@ -291,7 +285,7 @@ def common_run_info(store: Store, accelerator: accelerate.Accelerator, seed: int
         "device_reason": reason,
         "world_size": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
-        "precision_probe": probe_precision(accelerator.device).to_dict(),
+        "precision_probe": asdict(probe_precision(accelerator.device)),
         "seed": seed,
         "data_hash": store.content_hash,
         "num_sessions": len(store),

@@ -13,7 +13,7 @@ from brainfound.errors import TrainingError
 
 
 class RollbackRequested(TrainingError):
-    """Asks the engine to return to the checkpoint of `step`."""
+    """Makes the engine return to the checkpoint of `step`."""
 
     def __init__(self, what: str, *, step: int, where: object = None, remedy: str | None = None) -> None:
         super().__init__(what, where=where, remedy=remedy)

@@ -191,7 +191,6 @@ def test_parameters_are_counted(export_folder):
     head = sum(p.numel() for n, p in model.named_parameters() if "aggregator" in n or n.startswith("head"))
     count = count_parameters(attach_adapter(model, AdapterRecipe(method="none")))
     assert count == (head, total)
-    assert f"{head:,} of {total:,}" in str(count)
 
 
 def test_an_adapter_is_not_put_on_an_adapter(export_folder):

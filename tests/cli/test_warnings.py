@@ -28,10 +28,10 @@ def test_a_torn_checkpoint_is_a_note_on_the_command_line(tmp_path):
     done = subprocess.run([sys.executable, "-c", CODE, tmp_path], capture_output=True, text=True, timeout=120)
     first, second = done.stderr.splitlines()
     assert first == (
-        "brainfound: the checkpoint step-000003 is torn (state.json cannot be read); going back to the one before"
+        "brainfound: the checkpoint step-000003 is damaged (state.json cannot be read); the one before is used"
     )
     assert second.startswith("brainfound: ")
-    assert "no checkpoint of this run is whole" in second
+    assert "every checkpoint of this run is damaged" in second
 
 
 def test_a_warning_of_ours_is_a_note():

@@ -152,7 +152,7 @@ def test_what_of_a_slice_is_read_may_be_chosen(small_store, tiny_backbone, tmp_p
     assert again.to_dict()["scores"] == pytest.approx(written["scores"])
     assert again.to_dict()["frozen"] == pytest.approx(written["frozen"])
     second = finetune(tiny("adapter=full"), small_store, tiny_backbone, "age_years", tmp_path / "cls", quiet=True)
-    with pytest.warns(UserWarning, match=f"begins anew.*on {features} are wanted"):
+    with pytest.warns(UserWarning, match=f"gets new weights.*the requested one .* on {features}"):
         third = finetune(
             tiny(f"slice_features={features}"), small_store, second / "export", "age_years", tmp_path / "third",
             quiet=True,

@@ -95,14 +95,6 @@ def test_a_packing_counts_its_tokens():
     assert PACKING.cumulative_lengths(CPU).tolist() == [0, 7, 14, 18, 22, 26, 35]
 
 
-def test_a_wrong_kernel_or_packing_is_one_line():
-    inputs = random_inputs()
-    with pytest.raises(ModelError, match="unknown attention kernel 'flash'"):
-        packed_attention(*inputs, PACKING, "flash")
-    with pytest.raises(ModelError, match="does not fit"):
-        packed_attention(*inputs[:, :, :-1], PACKING)
-
-
 def test_kernels_are_tried_not_trusted(monkeypatch):
     def wrong(query, key, value, packing, scaling):
         return attention._KERNELS["sdpa"](query, key, value, packing, scaling) * 1.5

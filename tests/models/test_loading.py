@@ -379,10 +379,10 @@ def test_a_head_with_other_answers_is_refused_or_begins_anew(backbone_folder, tm
         for parameter in saved.parameters():
             parameter.add_(7.0)
     saved.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=f"other answers.*got .*{wants}.*expected .*{has}.*ignore_mismatched") as error:
+    with pytest.raises(ModelError, match=f"other outputs.*got .*{wants}.*expected .*{has}.*ignore_mismatched") as error:
         kind.from_pretrained(tmp_path, **asked)
     assert "\n" not in str(error.value)
-    with pytest.warns(UserWarning, match=f"begins anew, because the saved one has .*{has}.* and .*{wants}"):
+    with pytest.warns(UserWarning, match=f"new weights, because the saved one has .*{has}.* requested one .*{wants}"):
         model = kind.from_pretrained(tmp_path, **asked, ignore_mismatched_sizes=True)
     new, old = dict(model.named_parameters()), dict(saved.named_parameters())
     assert new[f"{layer}.weight"].abs().max() < 6
@@ -390,7 +390,7 @@ def test_a_head_with_other_answers_is_refused_or_begins_anew(backbone_folder, tm
     assert all(torch.equal(value, old[name]) for name, value in new.items() if not name.startswith(layer))
     assert model.config.class_weights is None
     # A configuration in the place of fields is held to the same.
-    with pytest.raises(ModelError, match="other answers"):
+    with pytest.raises(ModelError, match="other outputs"):
         kind.from_pretrained(tmp_path, config=model.config)
 
 
@@ -398,9 +398,9 @@ def test_a_head_with_other_answers_is_refused_or_begins_anew(backbone_folder, tm
 def test_features_of_another_width_begin_aggregator_and_head_anew(backbone_folder, tmp_path, kind):
     saved = kind.from_backbone(backbone_folder, aggregator="attention")
     saved.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="other answers.*on cls_and_patches"):
+    with pytest.raises(ModelError, match="other outputs.*on cls_and_patches"):
         kind.from_pretrained(tmp_path, slice_features="cls_and_patches")
-    with pytest.warns(UserWarning, match="begins anew.*on cls_and_patches are wanted"):
+    with pytest.warns(UserWarning, match="gets new weights.*the requested one .* on cls_and_patches"):
         model = kind.from_pretrained(tmp_path, slice_features="cls_and_patches", ignore_mismatched_sizes=True)
     assert model.head.score.in_features == 64
     assert not model.head.score.bias.any()
@@ -426,7 +426,7 @@ def test_the_same_answers_need_no_warning(backbone_folder, tmp_path, recwarn):
     older = BrainFoundForRegression.from_backbone(backbone_folder, regression_head="gaussian")
     older.save_pretrained(tmp_path / "older")
     BrainFoundForRegression.from_pretrained(tmp_path / "older", regression_head="gaussian")
-    assert not [warning for warning in recwarn if "begins anew" in str(warning.message)]
+    assert not [warning for warning in recwarn if "gets new weights" in str(warning.message)]
 
 
 def test_weights_of_another_shape_are_named(backbone_folder, tmp_path):
@@ -456,7 +456,7 @@ def test_auto_classes_refuse_other_answers_too(backbone_folder, tmp_path):
     BrainFoundForClassification.from_backbone(backbone_folder, class_weights=[1.0, 3.0]).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="3 classes"):
         AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3)
-    with pytest.warns(UserWarning, match="begins anew"):
+    with pytest.warns(UserWarning, match="gets new weights"):
         model = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
     assert (model.config.num_classes, model.config.class_weights) == (3, None)
     weighted = AutoModelForImageClassification.from_pretrained(tmp_path)

@@ -85,7 +85,7 @@ def test_the_report_names_both_machines(store, recipe, tmp_path, capsys):
     ("arguments", "words"),
     [
         ({"gpu": "A1000", "gpus": 8}, "Did you mean A10"),
-        ({"gpu": "A100"}, "Say which: A100-40GB or A100-80GB"),
+        ({"gpu": "A100"}, "Name one: A100-40GB or A100-80GB"),
         ({"gpus": 8}, "Give --gpu"),
         ({"gpus": 0, "gpu": "H100"}, "expected 1 or more"),
         ({"gpus": 3, "gpu": "H100"}, "Set engine.batch_size=9 or 6"),
@@ -180,8 +180,10 @@ def test_a_dry_run_counts_what_the_guard_keeps_to_go_back_to(store, recipe, tmp_
 
 
 def test_memory_is_measured_as_a_gpu_would_run_unless_the_recipe_says_otherwise(recipe):
-    assert dry_run.resolve_auto_for_gpu(recipe().engine).crops == "packed"
-    assert dry_run.resolve_auto_for_gpu(recipe("engine.attention=matmul").engine).attention == "matmul"
+    machine = TargetHardware(find_gpu("H200"))
+    auto, given = recipe().engine, recipe("engine.attention=matmul").engine
+    assert dry_run.shrink_engine_for_estimate(auto, machine, 1).crops == "packed"
+    assert dry_run.shrink_engine_for_estimate(given, machine, 1).attention == "matmul"
 
 
 def test_a_few_images_stand_for_the_micro_batch_of_a_large_machine(store, recipe, tmp_path, capsys):
@@ -192,7 +194,7 @@ def test_a_few_images_stand_for_the_micro_batch_of_a_large_machine(store, recipe
     assert "1 process on cpu" in here
     assert "tried out                4 images per process" in here
     assert "this batch 3000000" in here
-    assert "activations of 750,000 images were reckoned from those of 4" in paper
+    assert "activations of 750,000 images were estimated from those of 4" in paper
     assert "e+0" not in here + paper
     assert " 0 GiB" not in here + paper
 

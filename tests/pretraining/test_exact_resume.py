@@ -179,7 +179,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_undisturbed_one(
     (newest / "optimizer.pt").write_bytes(content[:-100])
     done = start(tmp_path, store, run, num_processes, "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{newest.name} is torn" in done.stderr
+    assert f"{newest.name} is damaged" in done.stderr
     require_same(whole, run, num_processes, story)
 
 

@@ -186,7 +186,7 @@ def test_a_failure_goes_back_to_the_best_probe_and_then_stops():
 
 def test_there_is_no_going_back_without_a_probe():
     guard = Guard(GuardRecipe(on_failure="roll_back", confirm_looks=1, grace_steps=0))
-    with pytest.raises(TrainingError, match="no probe has named a step") as stop:
+    with pytest.raises(TrainingError, match="no probe gave a step") as stop:
         guard.on_log_line(1, HEALTHY | {"mean_cosine": 1.0})
     assert not isinstance(stop.value, RollbackRequested)
     assert "export/ holds the last teacher" in str(stop.value)

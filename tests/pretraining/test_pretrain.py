@@ -142,7 +142,7 @@ def test_a_torn_newest_checkpoint_costs_steps_not_the_run(finished, store, recip
     shutil.copytree(finished, run)
     file = run / "checkpoints" / "step-000006" / "optimizer.pt"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.warns(UserWarning, match="step-000006 is torn"):
+    with pytest.warns(UserWarning, match="step-000006 is damaged"):
         pretrain(recipe(), store, out=run, resume=True, quiet=True)
     assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(finished)]
 

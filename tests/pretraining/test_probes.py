@@ -63,7 +63,7 @@ def test_informative_features_score_high_and_noise_does_not(target):
     values = dict.fromkeys(groups, group) | {"age_years": ages[:, None] / 20}
     value = values.get(target, np.linspace(-1, 1, 4)[None])
     signal[:, :, 0] += value * 3
-    good, bad = probe.score(signal), probe.score(noise)
+    good, bad = probe.score(probe.predict(signal)), probe.score(probe.predict(noise))
     assert good.linear > 0.9
     assert good.knn > bad.knn + 0.3
     assert bad.linear < 0.75
@@ -95,7 +95,7 @@ def test_an_image_under_two_names_is_on_one_side(target):
 
 def test_features_that_are_not_finite_score_nan():
     probe = Probe(TableStore(table(age_years=np.linspace(20, 80, 24))), ProbeRecipe(), seed=0)
-    scores = probe.score(np.full((24, 8, 3), np.nan))
+    scores = probe.score(probe.predict(np.full((24, 8, 3), np.nan)))
     assert np.isnan(scores.linear)
 
 
@@ -124,7 +124,7 @@ def test_the_contrast_of_an_embedding_is_probed_with_one_contrast_at_a_time():
         assert not set(probe.views[fold["train"]]) & set(probe.views[fold["test"]])
     signal = np.random.default_rng(0).normal(size=(len(probe.views), 2, 3)) * 0.1
     signal[:, :, 0] += probe.present[:, :1]
-    assert probe.score(signal).linear == 1
+    assert probe.score(probe.predict(signal)).linear == 1
     store.present[:, 1] = False
     with pytest.raises(RecipeError, match=r"two classes \(got 1 class, with so many sessions: 8, expected two"):
         Probe(store, ProbeRecipe(target="contrast"), seed=0)
@@ -151,30 +151,25 @@ def test_a_prediction_stays_among_the_ages_that_were_seen():
     signal = np.random.default_rng(0).normal(size=(24, 1, 3)) * 0.01
     signal[:, 0, 0] += ages / 60
     signal[12, 0, 0] = 1e3
-    assert probe.score(signal).linear > -1
+    assert probe.score(probe.predict(signal)).linear > -1
 
 
 def test_huge_and_infinite_features_are_scored_without_an_error():
     probe = Probe(TableStore(table(age_years=np.linspace(20, 80, 24))), ProbeRecipe(slices_per_session=1), seed=0)
     features = np.random.default_rng(0).normal(size=(24, 1, 3)).astype(np.float32)
-    assert np.isfinite(probe.score(features * 1e37).linear)
+    assert np.isfinite(probe.score(probe.predict(features * 1e37)).linear)
     features[3] = np.inf
-    assert np.isnan(probe.score(features).knn)
+    assert np.isnan(probe.score(probe.predict(features)).knn)
 
 
-def test_the_measures_are_those_of_scikit_learn():
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize(("target", "measure"), [("site", balanced_accuracy_score), ("age_years", r2_score)])
+def test_the_measures_are_those_of_scikit_learn(target, measure):
     store = TableStore(table(age_years=np.linspace(20, 80, 24), site=["a", "b", "c"] * 8))
-    sites, ages = (Probe(store, ProbeRecipe(target=target), seed=0) for target in ("site", "age_years"))
-    guessed = rng.choice(["a", "b"], 24)
-    assert sites._score_predictions(sites.labels, guessed) == pytest.approx(
-        balanced_accuracy_score(sites.labels, guessed)
-    )
-    some = sites.labels != "c"
-    expected = balanced_accuracy_score(sites.labels[some], guessed[some])
-    assert sites._score_predictions(sites.labels[some], guessed[some]) == pytest.approx(expected)
-    guess = rng.normal(50, 10, 24)
-    assert ages._score_predictions(ages.labels, guess) == pytest.approx(r2_score(ages.labels, guess))
+    probe = Probe(store, ProbeRecipe(target=target), seed=0)
+    predicted = probe.predict(np.random.default_rng(0).normal(size=(24, 8, 3)))
+    scores = probe.score(predicted)
+    for model in ("linear", "knn"):
+        assert getattr(scores, model) == pytest.approx(measure(probe.labels, predicted[model]))
 
 
 def test_the_log_names_the_guarding_score():

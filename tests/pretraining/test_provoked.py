@@ -201,9 +201,7 @@ def test_where_there_is_no_way_back_the_best_teacher_is_exported(eggs, trained, 
 
     monkeypatch.setattr(Guard, "record_probe", tearing)
     going_back = ("guard.on_failure=roll_back", "guard.confirm_looks=1000")
-    with pytest.raises(
-        TrainingError, match=r"the probe fell .*, and the checkpoint to go back to is not whole"
-    ) as stop:
+    with pytest.raises(TrainingError, match=r"the probe fell .*, and the checkpoint to return to is damaged") as stop:
         pretrain(recipe(*COMMON, *STOCK, *QUICK, *going_back), eggs, trained, run, quiet=True)
     assert "\n" not in str(stop.value)
     assert "export/ holds the teacher of step 0" in str(stop.value)

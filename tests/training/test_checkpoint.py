@@ -48,7 +48,7 @@ def test_a_torn_checkpoint_is_passed_over_with_a_warning(tmp_path, damage):
         file.write_bytes(content)
     else:
         file.write_bytes(content[: len(content) // 2])
-    with pytest.warns(UserWarning, match="step-000002 is torn"):
+    with pytest.warns(UserWarning, match="step-000002 is damaged"):
         assert checkpoint.latest_valid_checkpoint(tmp_path) == first
 
 
@@ -59,7 +59,7 @@ def test_no_checkpoint_makes_way_for_a_later_one_that_is_torn(tmp_path, keep):
     torn = checkpoint.save_checkpoint(tmp_path, make(6), keep=9)
     (torn / "model.safetensors").write_bytes(b"")
     new = checkpoint.save_checkpoint(tmp_path, make(5), keep)
-    with pytest.warns(UserWarning, match="step-000006 is torn"):
+    with pytest.warns(UserWarning, match="step-000006 is damaged"):
         assert checkpoint.latest_valid_checkpoint(tmp_path) == new
     assert len(names(tmp_path)) == keep + 1
     # Once its step is reached again, all is as it was.

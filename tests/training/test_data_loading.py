@@ -144,7 +144,8 @@ def test_loader_gives_the_pixels_of_the_neighbours(store, num_workers):
 
 
 def test_what_is_present_is_known_without_asking_the_device(store):
-    batch = SliceDataset(store, usable_rows(store, 0.0), neighbour_mm=13.0)[(0, 1)].to(torch.device("meta"))
+    pair = SliceDataset(store, usable_rows(store, 0.0), neighbour_mm=13.0)[(0, 1)]
+    batch = map_tensors(pair, lambda tensor: tensor.to("meta"))
     assert batch.present.device.type == batch.neighbours.device.type == "meta"
     assert batch.present_on_cpu.tolist() == [store.present[0].tolist()]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def rates(monkeypatch, bf16: float, fp32: float) -> list[tuple[torch.dtype, tupl
 def test_bfloat16_is_taken_where_it_is_clearly_faster(monkeypatch, bf16, fp32, expected):
     rates(monkeypatch, bf16, fp32)
     assert choose_precision(CPU) == expected
-    assert probe_precision(CPU).to_dict() == {"precision": expected, "bf16_gflops": bf16, "fp32_gflops": fp32}
+    assert asdict(probe_precision(CPU)) == {"precision": expected, "bf16_gflops": bf16, "fp32_gflops": fp32}
 
 
 def test_a_hopeless_bfloat16_is_given_up_after_the_small_product(monkeypatch):

@@ -167,7 +167,7 @@ def test_a_rollback_to_a_torn_checkpoint_is_one_clear_error(tmp_path):
                 (tmp_path / "checkpoints" / "step-000002" / "model.safetensors").write_bytes(b"")
             return super().evaluate(step)
 
-    with pytest.raises(TrainingError, match="step-000002.*not whole"):
+    with pytest.raises(TrainingError, match="step-000002.*is damaged"):
         engine(Torn(), tmp_path, **FICKLE).run()
 
 
@@ -182,7 +182,7 @@ def test_a_task_whose_rollback_fails_is_as_before_it_and_may_end_the_run_itself(
             raise TrainingError(f"{request.what}; {error.what}", where=step)
 
     task = Torn()
-    with pytest.raises(TrainingError, match=r"^6: the probe fell; the checkpoint to go back to is not whole$"):
+    with pytest.raises(TrainingError, match=r"^6: the probe fell; the checkpoint to return to is damaged$"):
         engine(task, tmp_path, **FICKLE).run()
     assert (task.rollbacks, task.scale) == (0, 1.0)
 
@@ -221,7 +221,7 @@ def test_after_a_rollback_its_checkpoint_goes_before_later_ones_and_they_are_rem
 def test_a_torn_checkpoint_is_not_gone_back_to(tmp_path):
     path = checkpoint.save_checkpoint(tmp_path, make(1), keep=1)
     (path / "task.safetensors").unlink()
-    with pytest.raises(TrainingError, match=r"not whole.*task\.safetensors is missing"):
+    with pytest.raises(TrainingError, match=r"is damaged.*task\.safetensors is missing"):
         checkpoint.update_checkpoint_state(path, {"rollbacks": 1})
 
 

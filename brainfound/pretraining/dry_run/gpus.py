@@ -61,7 +61,7 @@ def find_gpu(name: str) -> GPUSpec:
         if known.lower() == wanted:
             return kind
     sizes = [known for known in GPU_SPECS if known.lower().startswith(f"{wanted}-")]
-    remedy = f"Say which: {' or '.join(sizes)}" if sizes else did_you_mean(wanted, GPU_SPECS)
+    remedy = f"Name one: {' or '.join(sizes)}" if sizes else did_you_mean(wanted, GPU_SPECS)
     raise UsageError("this kind of GPU is not in the table", where="--gpu", got=name, remedy=remedy)
 
 
@@ -80,7 +80,7 @@ class TargetHardware:
         if gpu is None and gpus is None:
             return None
         if gpu is None:
-            raise UsageError("which GPUs?", where="--gpus", got=gpus, remedy="Give --gpu KIND too, such as A100-80GB")
+            raise UsageError("--gpu is missing", where="--gpus", got=gpus, remedy="Give --gpu too, such as A100-80GB")
         if gpus is not None and gpus < 1:
             raise UsageError("there is no such number of GPUs", where="--gpus", got=gpus, expected="1 or more")
         return cls(find_gpu(gpu), gpus or 1)

@@ -137,13 +137,13 @@ def _memory_lines(
     if trial is None:
         yield (
             f"    activations of {format_count(wanted, 'image')} at a time come on top; "
-            "only a trial can tell how much. Ask on a larger machine."
+            "only a trial shows how much. Run it on a larger machine."
         )
         return
     if bf16 and trial.precision != "bf16":
         yield "    activations were measured in float32; in bfloat16 they take between half of that and all of it"
     if trial.num_images != wanted:
-        yield f"    activations of {format_count(wanted, 'image')} were reckoned from those of {trial.num_images}"
+        yield f"    activations of {format_count(wanted, 'image')} were estimated from those of {trial.num_images}"
     if not fitting:
         yield f"    {suggest_fitting_settings(engine, machine, memory_bytes)}"
 

@@ -41,6 +41,7 @@ from brainfound.training.process import make_accelerator, make_console
 
 NUM_STEPS = 2
 NUM_ESTIMATE_IMAGES = 4  # in the micro-batch that is tried out for another machine
+_GPU_CHOICES = {"attention": "sdpa", "crops": "packed"}
 
 
 def report_dry_run(recipe: PretrainRecipe, store: Store, machine: TargetHardware | None, quiet: bool) -> None:
@@ -58,7 +59,8 @@ def report_dry_run(recipe: PretrainRecipe, store: Store, machine: TargetHardware
     for note in run_preflight_checks(recipe, store, machine.num_gpus if machine else accelerator.num_processes):
         console.print(note)
     # Schedules end with the trial, and there is no probe.
-    engine = recipe.engine.model_copy(update={"steps": NUM_STEPS, "precision": accelerator.mixed_precision})
+    short_engine = {"steps": NUM_STEPS, "log_every": 1, "precision": accelerator.mixed_precision}
+    engine = recipe.engine.model_copy(update=short_engine)
     if machine is not None:
         engine = shrink_engine_for_estimate(engine, machine, accelerator.num_processes)
     short = recipe.model_copy(update={"engine": engine, "probe": recipe.probe.model_copy(update={"every": 0})})
@@ -69,7 +71,7 @@ def report_dry_run(recipe: PretrainRecipe, store: Store, machine: TargetHardware
         model = build_model(short.init, store, short.views.global_size, short.seed)
         engine, _ = resolve_auto_settings(engine, model.encoder, short.views, accelerator.device)
         task = make_task(short.model_copy(update={"engine": engine}), store, model, folder, accelerator)
-        measured = measure_training_steps(task, engine, folder, accelerator, quiet, machine is not None)
+        measured = measure_training_steps(task, folder, accelerator, quiet, machine is not None)
     if measured is not None:
         for line in report.report(measured, recipe.engine, recipe.optim.lr, machine):
             print(line)
@@ -94,32 +96,25 @@ def _exceeds_available_memory(
 def shrink_engine_for_estimate(
     engine: PretrainEngineRecipe, machine: TargetHardware, num_processes: int
 ) -> PretrainEngineRecipe:
-    """The engine of a trial with a few images, to estimate another machine."""
+    """The engine of a trial with a few images, to estimate another machine.
+
+    What a GPU would choose replaces "auto", so that a CPU measures the memory of a GPU run.
+    """
     num_tried = min(NUM_ESTIMATE_IMAGES, machine.micro_batch_size(engine))
+    on_gpu = {key: value for key, value in _GPU_CHOICES.items() if getattr(engine, key) == "auto"}
     few = {"batch_size": num_tried * num_processes, "accumulation": 1, "num_workers": 0}
-    return resolve_auto_for_gpu(engine).model_copy(update=few)
-
-
-def resolve_auto_for_gpu(engine: PretrainEngineRecipe) -> PretrainEngineRecipe:
-    """Replace "auto" by what a GPU would choose, so that a CPU measures the memory of a GPU run."""
-    choice = {"attention": "sdpa", "crops": "packed"}
-    return engine.model_copy(update={key: value for key, value in choice.items() if getattr(engine, key) == "auto"})
+    return engine.model_copy(update=on_gpu | few)
 
 
 def measure_training_steps(
-    task: PretrainTask,
-    engine: PretrainEngineRecipe,
-    folder: Path,
-    accelerator: Accelerator,
-    quiet: bool,
-    estimate: bool = False,
+    task: PretrainTask, folder: Path, accelerator: Accelerator, quiet: bool, estimate: bool
 ) -> DryRunMeasurement | None:
-    """Train for two real steps; all ranks call it, and rank 0 gets the measurement.
+    """Train for the two steps of a task; all ranks call it, and rank 0 gets the measurement.
 
     The first step shows memory and warms up, the second is timed. With `estimate` the forward pass of half the images
     is measured too. The folder gets a log.
     """
-    short = engine.model_copy(update={"steps": NUM_STEPS, "log_every": 1})
+    engine = task.engine
     num_images = engine.batch_size // (accelerator.num_processes * engine.accumulation)
 
     def halve(batch: PretrainBatch) -> PretrainBatch:
@@ -128,7 +123,7 @@ def measure_training_steps(
 
     forward = ForwardMemory(task.loss, accelerator.device, halve if estimate and num_images > 1 else None)
     task.loss = forward  # type: ignore[method-assign, assignment]
-    Engine(task, short, folder, accelerator, task.seed, quiet).run(save=False)
+    Engine(task, engine, folder, accelerator, task.seed, quiet).run(save=False)
     if not accelerator.is_main_process:
         return None
     line = json.loads((folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])

@@ -35,7 +35,7 @@ def effective_rank(features: Float[Tensor, "N D"]) -> float:
 def mean_cosine(features: Float[Tensor, "N D"]) -> float:
     """Mean cosine between different rows; 1 for fewer than two rows, NaN if any feature is not finite."""
     if len(features) < 2:
-        return 1.0
+        return 1.0 if torch.isfinite(features).all() else math.nan
     unit = F.normalize(features.double(), dim=-1)
     total = unit.sum(dim=0).square().sum() - unit.square().sum()
     return (total / (len(unit) * (len(unit) - 1))).item()
@@ -72,13 +72,12 @@ def feature_health_metrics(features: Float[Tensor, "N D"], images: Int[Tensor, "
     if len(ids) == MAX_HEALTH_IMAGES:
         chosen = rows <= ids[-1]
         features, rows = features[chosen], rows[chosen]
-    finite = bool(torch.isfinite(features).all())
     metrics = {
-        "effective_rank": effective_rank(features) if finite else math.nan,
+        "effective_rank": effective_rank(features),
         # Of images, not rows: features that tell images apart but ignore crops have n − 1 directions.
         "highest_rank": float(min(len(ids) - 1, features.shape[1])),
-        "mean_cosine": mean_cosine(features) if finite else math.nan,
+        "mean_cosine": mean_cosine(features),
     }
     if len(rows) > len(ids) > 1:
-        metrics["view_margin"] = view_margin(features, rows) if finite else math.nan
+        metrics["view_margin"] = view_margin(features, rows)
     return metrics

@@ -275,7 +275,7 @@ class Guard(RollbackPolicy):
         if state.rollbacks:
             what += f", after {state.rollbacks} rollback{'s' if state.rollbacks > 1 else ''}"
         elif self.may_roll_back:
-            what += ", and no probe has named a step to go back to"
+            what += ", and no probe gave a step to return to"
         self._stop(step, what, remedy)
 
     def _stop(self, step: int, what: str, remedy: str) -> None:

@@ -22,17 +22,16 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from safetensors import SafetensorError
 from sklearn.linear_model import RidgeClassifier
-from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from brainfound.data.batches import as_tensor
 from brainfound.data.splits.dividing import k_folds
 from brainfound.data.splits.split_file import get_split_groups, require_no_shared_images
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError
+from brainfound.metrics.classification import balanced_accuracy
 from brainfound.metrics.embedding_probes import cross_val_predict, linear_classifier, linear_regressor
+from brainfound.metrics.registry import METRICS
 from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.monitoring.probe_targets import (
     CLASS_TARGETS,
@@ -138,10 +137,10 @@ class Probe:
             labels = store.slice_positions_mm[self.rows].ravel()
             samples = np.repeat(self.views, self.rows.shape[1])
         self.labels = labels.astype(str) if self.is_classification else labels.astype(float)
-        self.classes = np.unique(self.labels) if self.is_classification else self.labels[:0]
-        if len(self.classes) == 1:
+        num_classes = len(np.unique(self.labels))
+        if self.is_classification and num_classes == 1:
             raise TrainingError("a probe needs two classes", where="probe.target", got=self.target)
-        self.chance = 1 / len(self.classes) if self.is_classification else 0.0
+        self.chance = 1 / num_classes if self.is_classification else 0.0
         self.subjects = get_split_groups(store)[0][samples].astype(str)
         num_subjects = len(set(self.subjects))
         if num_subjects < 2:
@@ -217,8 +216,8 @@ class Probe:
     def run(self, encoder: SliceEncoder, device: torch.device, is_starting_checkpoint: bool = False) -> ProbeScores:
         """Embed the subset and score it; later retention scores are compared with those of the starting checkpoint."""
         cls, patches = self._encode(encoder, device)
-        predictions = self._predict(cls)
-        scores = self._scores(predictions)
+        predictions = self.predict(cls)
+        scores = self.score(predictions)
         if self.retention is not None and predictions is not None:
             retention = self._retention_scores(cls, patches, predictions, is_starting_checkpoint)
             scores = replace(scores, retention=retention)
@@ -246,12 +245,8 @@ class Probe:
         encoder.train(was_training)
         return np.stack(embeddings), np.stack(tokens) if tokens else None
 
-    def score(self, embeddings: Float[np.ndarray, "V S D"]) -> ProbeScores:
-        """Out-of-fold scores of a linear and a k-NN model; NaN if the features are not finite."""
-        return self._scores(self._predict(embeddings))
-
-    def _predict(self, embeddings: Float[np.ndarray, "V S D"]) -> dict[str, np.ndarray] | None:
-        """Out-of-fold predictions of each model; None if the features are not finite."""
+    def predict(self, embeddings: Float[np.ndarray, "V S D"]) -> dict[str, np.ndarray] | None:
+        """Out-of-fold predictions of a linear and a k-NN model; None if the features are not finite."""
         per_slice = self.target in SLICE_TARGETS
         features = embeddings.reshape(-1, embeddings.shape[-1]) if per_slice else embeddings.mean(axis=1)
         features = features.astype(np.float64)  # squares of large float32 values overflow
@@ -266,11 +261,12 @@ class Probe:
         models = {"linear": linear, "knn": knn}
         return {name: cross_val_predict(features, self.labels, self.folds, make) for name, make in models.items()}
 
-    def _scores(self, predicted: dict[str, np.ndarray] | None) -> ProbeScores:
+    def score(self, predicted: dict[str, np.ndarray] | None) -> ProbeScores:
+        """Balanced accuracy or R² of the predictions of each model; NaN if there are none."""
         if predicted is None:
             # A score, not an error: only rank 0 gets here, and the guard stops all ranks together.
             return ProbeScores(np.nan, np.nan, 0.0, self.metric, self.target, self.chance)
-        linear, knn = (self._score_predictions(self.labels, predicted[name]) for name in ("linear", "knn"))
+        linear, knn = (METRICS[self.metric].function(self.labels, predicted[name]) for name in ("linear", "knn"))
         error = self._standard_error(predicted[self.recipe.method])
         return ProbeScores(linear, knn, error, self.metric, self.target, self.chance)
 
@@ -309,13 +305,6 @@ class Probe:
             with wrap_write_errors("the retention reference of the start", self.start_file):
                 self.retention.save_start(self.start_file)
 
-    def _score_predictions(self, labels: np.ndarray, predicted: np.ndarray) -> float:
-        """Balanced accuracy over the classes among `labels` (a bootstrap sample may lack some), or R²."""
-        if self.is_classification:
-            right = predicted == labels
-            return float(np.mean([right[labels == one].mean() for one in self.classes if (labels == one).any()]))
-        return float(1 - np.square(labels - predicted).sum() / np.square(labels - labels.mean()).sum())
-
     def _standard_error(self, predicted: np.ndarray) -> float:
         rng = numpy_generator(PROBE, self.seed, 1)
         members = [np.flatnonzero(self.subjects == subject) for subject in sorted(set(self.subjects))]
@@ -323,7 +312,7 @@ class Probe:
         for _ in range(200):
             drawn = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
             if self.is_classification or np.ptp(self.labels[drawn]) > 0:
-                scores.append(self._score_predictions(self.labels[drawn], predicted[drawn]))
+                scores.append(METRICS[self.metric].function(self.labels[drawn], predicted[drawn]))
         return float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
 
 
@@ -381,12 +370,6 @@ class PatchProbe:
     def _score(self, features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"], subjects: list[str]) -> float:
         if not np.isfinite(features).all() or len(np.unique(labels)) < 2:
             return float("nan")
-        predicted = np.empty_like(labels)
-        for fold in k_folds(subjects, min(self.num_folds, len(set(subjects))), self.seed):
-            train, test = fold["train"], fold["test"]
-            if len(np.unique(labels[train])) == 1:
-                predicted[test] = labels[train][0]
-                continue
-            model = make_pipeline(StandardScaler(), RidgeClassifier(class_weight="balanced"))
-            predicted[test] = model.fit(features[train], labels[train]).predict(features[test])
-        return float(balanced_accuracy_score(labels, predicted))
+        folds = k_folds(subjects, min(self.num_folds, len(set(subjects))), self.seed)
+        predicted = cross_val_predict(features, labels, folds, lambda _: RidgeClassifier(class_weight="balanced"))
+        return balanced_accuracy(labels, predicted)

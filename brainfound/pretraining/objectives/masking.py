@@ -60,12 +60,9 @@ def num_masked_per_crop(num_crops: int, num_patches: int, probability: float, ra
 def sample_block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
     """A mask (rows, columns) with exactly `count` patches, in rectangular blocks as far as they fit."""
     rows, columns = grid
-    if not 0 <= count <= rows * columns:
-        raise ValueError(f"cannot mask {count} of {rows * columns} patches")
     mask = np.zeros(grid, dtype=bool)
     missing = count
     while missing:
-        placed = 0
         for _ in range(ATTEMPTS_PER_BLOCK):
             area = rng.uniform(min(MIN_BLOCK_PATCHES, missing), missing)
             ratio = math.exp(rng.uniform(math.log(MIN_ASPECT), math.log(1 / MIN_ASPECT)))
@@ -77,14 +74,13 @@ def sample_block_mask(grid: tuple[int, int], count: int, rng: np.random.Generato
             placed = block.size - int(block.sum())
             if 0 < placed <= missing:
                 block[:] = True
+                missing -= placed
                 break
-            placed = 0
-        if not placed:
+        else:
             # No block fits the rest exactly: single patches make the count exact.
             free = np.flatnonzero(~mask)
             mask.ravel()[rng.choice(free, missing, replace=False)] = True
-            placed = missing
-        missing -= placed
+            missing = 0
     return mask
 
 
