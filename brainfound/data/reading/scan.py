@@ -169,7 +169,7 @@ def _fill_nonfinite(scan: Scan, path: Path) -> str:
     data[faulty] = np.median(faces) if faces.size else 0
     # A hole in a stripped brain has the value of its background now: it is closed again.
     with np.errstate(all="ignore"):
-        inside = ndimage.binary_fill_holes(foreground(scan))
+        inside = ndimage.binary_fill_holes(foreground(data, scan.affine))
     in_head = int(np.count_nonzero(faulty & ndimage.binary_dilation(inside, np.ones((3, 3, 3)))))
     if in_head or not inside.any():
         raise _nonfinite_error(count, data.size, path, f", {in_head} of them in the head" if in_head else "")
