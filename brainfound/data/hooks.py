@@ -37,6 +37,7 @@ from brainfound.recipes import Recipe, validate
 PLACEHOLDERS = ("{input}", "{output}", "{reference}")
 _SHELL_WORDS = {"|", "||", "&", "&&", ";", "<", ">", ">>", "2>", "2>&1"}
 _VERSION_TIMEOUT_S, _VERSION_LENGTH, _MESSAGE_LENGTH = 60, 200, 300
+_TRY_ALONE = "Try the tool alone on this scan"
 _GUARD = """
 import os, signal, subprocess, sys, threading
 def end_with_parent():
@@ -51,9 +52,6 @@ code = tool.wait()
 os._exit(code if code >= 0 else 128 - code)
 """
 """The program of the guard. After a signal the exit code is 128 plus the signal's number, as in shells."""
-
-
-_TRY_ALONE = "Try the tool alone on this scan"
 
 
 class Hook(Recipe):
@@ -358,7 +356,7 @@ def _execute(hook: Hook, words: list[str], folder: Path, name: str) -> None:
         finally:
             _kill_group(process)
     if code != 0:
-        last = _last_line(errors, folder) or _last_line(log, folder) or "it said nothing"
+        last = _last_line(errors, folder) or _last_line(log, folder) or "no message"
         what = f"the hook {hook.name} failed: {last}"
         raise ScanError(what, where=name, got=f"exit code {code}", remedy=_TRY_ALONE)
 

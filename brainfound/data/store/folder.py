@@ -26,13 +26,11 @@ from jaxtyping import Int
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.sources import SOURCE_LAYOUTS
-from brainfound.data.sources.tables import is_missing
+from brainfound.data.sources.tables import SessionKey, is_missing
 from brainfound.data.store.slice_files import SliceFiles
 from brainfound.errors import CohortError, StoreError, closest_folder
 
 SCHEMA_VERSION = 2
-SessionKey = tuple[str, str]
-"""Subject and session."""
 
 
 class StoreFolder:

@@ -12,8 +12,9 @@ from typing import Any
 from brainfound.data.cohort import Cohort, Session
 from brainfound.data.hooks import Hook, describe_hooks, load_hooks
 from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.sources.tables import SessionKey
 from brainfound.data.store.executors import Executor, run_jobs
-from brainfound.data.store.folder import SessionKey, StoreFolder, partial_path
+from brainfound.data.store.folder import StoreFolder, partial_path
 from brainfound.data.store.plan import (
     SourceFingerprints,
     find_existing_store,

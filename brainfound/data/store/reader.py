@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -18,14 +19,13 @@ from numpy.typing import DTypeLike
 
 from brainfound.data.cohort import require_column
 from brainfound.data.preprocessing.session import FURTHER_SCAN_REASON, NOT_IN_COHORT_REASON
-from brainfound.data.preprocessing.stack import Stack, positions_mm
+from brainfound.data.preprocessing.stack import ScanQuality, Stack, positions_mm
+from brainfound.data.sources.tables import SessionKey
 from brainfound.data.store.folder import SessionTable, StoreFolder, compute_hashes, content_hash, plain_value
 from brainfound.data.store.slice_files import SliceFiles
 from brainfound.errors import StoreError
 
-_QUALITY_NUMBERS = {
-    *("foreground_ml", "intensity_low", "intensity_high", "minimum", "maximum", "overlap", "cropped", "num_slices")
-}
+_QUALITY_NUMBERS = {field.name for field in fields(ScanQuality) if field.type in ("int", "float")}
 
 
 class StoreReader:
@@ -217,7 +217,7 @@ def refused_files(files: pd.DataFrame) -> pd.DataFrame:
     return files[~files["reason"].astype(str).str.startswith(not_faulty)]
 
 
-def select_sessions(table: pd.DataFrame, keep: set[tuple[str, str]]) -> pd.DataFrame:
+def select_sessions(table: pd.DataFrame, keep: set[SessionKey]) -> pd.DataFrame:
     """The rows of a table whose subject and session are in ``keep``."""
     rows = [key in keep for key in zip(table["subject"], table["session"], strict=True)]
     return table[np.array(rows, dtype=bool)]

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from brainfound.data.store.folder import SessionKey, StoreFolder, partial_path
+from brainfound.data.sources.tables import SessionKey
+from brainfound.data.store.folder import StoreFolder, partial_path
 from brainfound.data.store.plan import (
     MAX_SHARDS,
     MIN_SESSIONS_PER_SHARD,

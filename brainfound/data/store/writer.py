@@ -22,11 +22,10 @@ from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing.session import NOT_IN_COHORT_REASON, PreparedSession, UnusedFile, prepare_session
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import ScanQuality, Stack
-from brainfound.data.sources.tables import read_json
+from brainfound.data.sources.tables import SessionKey, read_json
 from brainfound.data.store.contact_sheet import write_contact_sheet
 from brainfound.data.store.folder import (
     SCHEMA_VERSION,
-    SessionKey,
     SessionTable,
     StoreFolder,
     compute_hashes,
