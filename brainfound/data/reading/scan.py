@@ -39,7 +39,7 @@ MIN_RANGE = 1e-30
 
 @dataclass(frozen=True)
 class ScanHeader:
-    """The header of an image file; shape, orientation (such as ``"LPS"``) and spacing refer to the stored axes.
+    """The header of an image file; shape and spacing refer to the stored axes.
 
     ``affine`` is ``(4, 4)``, index in the stored array → millimetres in RAS+. ``notes`` are for a person to check.
     """
@@ -47,7 +47,6 @@ class ScanHeader:
     shape: tuple[int, int, int]
     dtype: str
     affine: Float[np.ndarray, "4 4"]
-    orientation: str
     spacing_mm: tuple[float, float, float]
     affine_source: AffineSource
     notes: tuple[str, ...] = ()
@@ -131,7 +130,6 @@ def _scan_header(image: ImageHeader) -> ScanHeader:
         shape=image.shape_3d,
         dtype=image.dtype.name,
         affine=image.affine,
-        orientation=axis_codes(image.affine),
         spacing_mm=(x, y, z),
         affine_source=image.affine_source,
         notes=image.notes + shear_notes(image.affine),

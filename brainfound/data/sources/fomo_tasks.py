@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
-from brainfound.data.sources.covariates import clean_covariates
+from brainfound.data.sources.covariates import MAX_AGE_YEARS, clean_covariates
 from brainfound.data.sources.file_names import UnusedFiles, iter_images, parse_filename, read_scan_name, subfolders
 from brainfound.data.sources.tables import SourceLayout, SourceTable
 from brainfound.errors import CohortError
@@ -140,7 +140,7 @@ def _read_number(file: Path, task: Path, *, is_age: bool) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value) or (is_age and not 0 <= value <= 150):
+    if not math.isfinite(value) or (is_age and not 0 <= value <= MAX_AGE_YEARS):
         raise CohortError(
             "the label is not one number",
             where=where,

@@ -154,9 +154,8 @@ def decode_text(content: bytes, name: str, notes: list[str]) -> str:
 
 def _read_text(path: Path, notes: list[str]) -> pd.DataFrame:
     text = decode_text(path.read_bytes(), path.name, notes).replace("\r\n", "\n").replace("\r", "\n")
-    blank = re.match(r"(?:[ \t]*\r?\n)*", text)
-    start = blank.end() if blank else 0
-    num_blank_lines, text = text.count("\n", 0, start), text[start:]
+    content = re.sub(r"\A(?:[ \t]*\n)+", "", text)
+    num_blank_lines, text = text.count("\n") - content.count("\n"), content
     first = text.partition("\n")[0]
     expected = "," if path.suffix.lower() == ".csv" else "\t"
     separator = next((separator for separator in (expected, *_SEPARATORS) if separator in first), expected)

@@ -6,7 +6,6 @@ Identifiers are only uploaded on request.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -218,15 +217,14 @@ def stream(source: str | Path, *, revision: str | None = None, token: str | None
 
     folder = Path(source)
     if folder.is_dir():
-        StoreFolder(folder)  # refuses a folder that is not a store
-        state = json.loads((folder / "slices" / "state.json").read_text(encoding="utf-8"))
-        files = [str(folder / "slices" / entry["filename"]) for entry in state["_data_files"]]
+        store = StoreFolder(folder)
+        files = [str(folder / "slices" / name) for name in store.table.files]
         rows = load_dataset("arrow", data_files=files, split="train", streaming=True)
     else:
         small_files = ["store.json", "preprocessing.json", "sessions.arrow"]
         folder = download(str(source), revision=revision, token=token, files=small_files)
         rows = _stream_from_hub(str(source), revision, token)
-    store = StoreFolder(folder)
+        store = StoreFolder(folder)
     table, preprocessing = store.table, store.preprocessing
     index = {key: place for place, key in enumerate(table.keys)}
     shape = (len(preprocessing.contrasts), *preprocessing.size)
