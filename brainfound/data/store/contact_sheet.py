@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from brainfound.data.preprocessing.grids import bounding_box
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.sources.tables import SessionKey
+from brainfound.data.store.folder import session_keys
 from brainfound.data.store.reader import StoreReader
 
 HEIGHTS = (1 / 3, 1 / 2, 2 / 3)
@@ -78,7 +79,7 @@ def write_contact_sheet(
     scans = store.quality[["subject", "session", "contrast", "notes"]]
     for subject, session, contrast, text in scans[scans["notes"] != ""].itertuples(index=False):
         notes.setdefault((subject, session), {})[contrast] = tuple(text.split("; "))
-    keys = list(zip(store.sessions["subject"], store.sessions["session"], strict=True))
+    keys = session_keys(store.sessions)
     flagged = [row for row, key in enumerate(keys) if notes.get(key) or refused.get(key)]
     chosen = choose_sessions(len(store), flagged, max_sessions)
     cards = []

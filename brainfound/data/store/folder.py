@@ -33,6 +33,11 @@ from brainfound.errors import CohortError, StoreError, closest_folder
 SCHEMA_VERSION = 2
 
 
+def session_keys(table: pd.DataFrame) -> list[SessionKey]:
+    """Subject and session of each row of a table."""
+    return list(zip(table["subject"], table["session"], strict=True))
+
+
 class StoreFolder:
     """A complete store on disk: its facts, preprocessing, table of sessions and slice files."""
 
@@ -194,7 +199,7 @@ class SessionTable:
     @property
     def keys(self) -> list[SessionKey]:
         """Subject and session of each row."""
-        return list(zip(self.sessions["subject"], self.sessions["session"], strict=True))
+        return session_keys(self.sessions)
 
     @staticmethod
     def join(tables: Sequence[SessionTable], num_folders: Sequence[int]) -> SessionTable:

@@ -14,7 +14,7 @@ from brainfound.data.hooks import Hook, describe_hooks, load_hooks
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.sources.tables import SessionKey
 from brainfound.data.store.executors import Executor, run_jobs
-from brainfound.data.store.folder import StoreFolder, partial_path
+from brainfound.data.store.folder import StoreFolder, partial_path, session_keys
 from brainfound.data.store.plan import (
     SourceFingerprints,
     find_existing_store,
@@ -171,7 +171,7 @@ def _sessions_to_repair(folder: StoreFolder) -> set[SessionKey]:
     """Sessions with changed or lost bytes, and sessions with a refused file, which may be readable now."""
     store = Store([folder], folder.table)
     tables = store.sessions.iloc[store.damaged_sessions()], store.rejected
-    return {key for table in tables for key in zip(table["subject"], table["session"], strict=True)}
+    return {key for table in tables for key in session_keys(table)}
 
 
 def _with_hooks(preprocessing: Preprocessing, hooks: Sequence[Hook], hooks_done: bool) -> Preprocessing:

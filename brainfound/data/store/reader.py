@@ -21,7 +21,14 @@ from brainfound.data.cohort import require_column
 from brainfound.data.preprocessing.session import FURTHER_SCAN_REASON, NOT_IN_COHORT_REASON
 from brainfound.data.preprocessing.stack import ScanQuality, Stack, positions_mm
 from brainfound.data.sources.tables import SessionKey
-from brainfound.data.store.folder import SessionTable, StoreFolder, compute_hashes, content_hash, plain_value
+from brainfound.data.store.folder import (
+    SessionTable,
+    StoreFolder,
+    compute_hashes,
+    content_hash,
+    plain_value,
+    session_keys,
+)
 from brainfound.data.store.slice_files import SliceFiles
 from brainfound.errors import StoreError
 
@@ -189,7 +196,7 @@ class StoreReader:
             mine = [number for number, other in enumerate(self.folders) if other.path == folder.path]
             here = self.sessions[np.isin(self.table.origin[:, 0], mine)]
             if len(here) < len(folder.table):
-                table = select_sessions(table, set(zip(here["subject"], here["session"], strict=True)))
+                table = select_sessions(table, set(session_keys(here)))
             parts.append(table)
         return pd.concat(parts, ignore_index=True)
 
@@ -219,5 +226,4 @@ def refused_files(files: pd.DataFrame) -> pd.DataFrame:
 
 def select_sessions(table: pd.DataFrame, keep: set[SessionKey]) -> pd.DataFrame:
     """The rows of a table whose subject and session are in ``keep``."""
-    rows = [key in keep for key in zip(table["subject"], table["session"], strict=True)]
-    return table[np.array(rows, dtype=bool)]
+    return table[np.array([key in keep for key in session_keys(table)], dtype=bool)]

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from brainfound.data.sources.tables import SessionKey
-from brainfound.data.store.folder import StoreFolder, partial_path
+from brainfound.data.store.folder import StoreFolder, partial_path, session_keys
 from brainfound.data.store.plan import (
     MAX_SHARDS,
     MIN_SESSIONS_PER_SHARD,
@@ -95,7 +95,7 @@ def _anonymous_keys(store: StoreReader) -> list[SessionKey]:
 def _quality_of_sessions(store: StoreReader, names: Sequence[SessionKey], keep_ids: bool) -> pd.DataFrame:
     quality = store.quality.copy()
     new = dict(zip(store.table.keys, names, strict=True))
-    renamed = [new[key] for key in zip(quality["subject"], quality["session"], strict=True)]
+    renamed = [new[key] for key in session_keys(quality)]
     quality["subject"] = [subject for subject, _ in renamed]
     quality["session"] = [session for _, session in renamed]
     if not keep_ids:

@@ -25,6 +25,7 @@ from brainfound.data.preprocessing.stack import ScanQuality, Stack
 from brainfound.data.sources.tables import SessionKey, read_json
 from brainfound.data.store.contact_sheet import write_contact_sheet
 from brainfound.data.store.folder import (
+    BASE_COLUMNS,
     SCHEMA_VERSION,
     SessionTable,
     StoreFolder,
@@ -177,7 +178,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def _stored_row(store: StoreReader, index: int) -> dict[str, Any]:
     """A session's row with its place on disk, without reading its slices."""
     table, row = store.table, store.sessions.iloc[index]
-    columns = ("subject", "session", "num_slices", "mask_dtype", "image_hash", "content_hash")
+    columns = [name for name in BASE_COLUMNS if name != "first_row"]
     arrays = ("present", "affine", "native_shape", "native_affine")
     return {
         **{name: row[name] for name in columns},
