@@ -11,7 +11,6 @@ import pandas as pd
 
 from brainfound.data.sources import read_source
 from brainfound.data.sources.tables import count_noun, with_all_columns
-from brainfound.errors import UsageError, did_you_mean
 
 _PER_SCAN = {"subject", "session", "contrast", "path"}
 
@@ -126,9 +125,3 @@ class Cohort:
 def _first_known(values: list[Any], rows: list[int]) -> Any:
     value: Any = next((values[row] for row in rows if not pd.isna(values[row])), None)
     return value.item() if hasattr(value, "item") else value
-
-
-def require_column(columns: list[str], wanted: str, where: str) -> None:
-    """Raise a UsageError that suggests the nearest name if a covariate column does not exist."""
-    if wanted not in columns:
-        raise UsageError(f"no column {wanted!r}", where=where, remedy=did_you_mean(wanted, columns))

@@ -281,13 +281,6 @@ def _one_type(values: pd.Series) -> pd.Series:
     return values.map(lambda value: None if is_missing(value) else str(value))
 
 
-def plain_value(value: Any) -> Any:
-    """A value of a table as a plain Python value; None if it is missing."""
-    if is_missing(value):
-        return None
-    return value.item() if hasattr(value, "item") else value
-
-
 def _canonical(value: Any) -> Any:
     """A form that is equal for values that differ only in the type a table gave them: 3 and 3.0, None and NaN."""
     if is_missing(value):

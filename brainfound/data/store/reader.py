@@ -10,27 +10,19 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int, Num
 from numpy.typing import DTypeLike
 
-from brainfound.data.cohort import require_column
 from brainfound.data.preprocessing.session import FURTHER_SCAN_REASON, NOT_IN_COHORT_REASON
 from brainfound.data.preprocessing.stack import ScanQuality, Stack, positions_mm
-from brainfound.data.sources.tables import SessionKey
-from brainfound.data.store.folder import (
-    SessionTable,
-    StoreFolder,
-    compute_hashes,
-    content_hash,
-    plain_value,
-    session_keys,
-)
+from brainfound.data.sources.tables import SessionKey, is_missing
+from brainfound.data.store.folder import SessionTable, StoreFolder, compute_hashes, content_hash, session_keys
 from brainfound.data.store.slice_files import SliceFiles
-from brainfound.errors import StoreError
+from brainfound.errors import StoreError, UsageError, did_you_mean
 
 _QUALITY_NUMBERS = {field.name for field in fields(ScanQuality) if field.type in ("int", "float")}
 
@@ -85,7 +77,7 @@ class StoreReader:
             native_shape=(x, y, z),
             native_affine=np.array(table.native_affine[index]),
             mask=self.read_masks(index),
-            covariates={name: plain_value(row[name]) for name in table.covariates},
+            covariates={name: _plain_value(row[name]) for name in table.covariates},
             subject=row["subject"],
             session=row["session"],
         )
@@ -156,7 +148,9 @@ class StoreReader:
 
     def covariate(self, name: str) -> pd.Series:
         """One covariate of every session; the UsageError for an unknown name suggests the nearest one."""
-        require_column(self.covariates, name, where=f"store {self.path.name}")
+        if name not in self.covariates:
+            where, remedy = f"store {self.path.name}", did_you_mean(name, self.covariates)
+            raise UsageError(f"no column {name!r}", where=where, remedy=remedy)
         return self.sessions[name]
 
     @cached_property
@@ -216,6 +210,13 @@ class StoreReader:
             return compute_hashes(self[session]) == hashes
         except StoreError:
             return False
+
+
+def _plain_value(value: Any) -> Any:
+    """A value of a table as a plain Python value; None if it is missing."""
+    if is_missing(value):
+        return None
+    return value.item() if hasattr(value, "item") else value
 
 
 def refused_files(files: pd.DataFrame) -> pd.DataFrame:
