@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import ndimage
 
-from brainfound.data.preprocessing.grids import bounding_box
+from brainfound.data.preprocessing.grids import bounding_box, faces
 
 MAX_HEAD_ML = 5500.0
 """More than an adult's head and neck."""
@@ -43,18 +43,18 @@ def _is_padded_air(inside: Bool[np.ndarray, "X Y Z"], voxel_mm3: float) -> bool:
 
 def _constant_background(data: Float[np.ndarray, "X Y Z"]) -> float | None:
     """The value that covers nearly all of most faces of the volume, if there is one."""
-    faces = [data[(slice(None),) * axis + (index,)] for axis in range(3) for index in (0, -1)]
+    planes = faces(data)
     # A value that fills most of a face is its median; a value that fills most faces is the median of those medians.
-    medians = [np.partition(face, face.size // 2, axis=None)[face.size // 2] for face in faces]
+    medians = [np.partition(face, face.size // 2, axis=None)[face.size // 2] for face in planes]
     value = sorted(medians)[len(medians) // 2]
-    counts = [int(np.count_nonzero(face == value)) for face in faces]
+    counts = [int(np.count_nonzero(face == value)) for face in planes]
     # A neck or a tight crop may fill one or two faces; noise in air never leaves a face constant.
-    if np.median([count / face.size for count, face in zip(counts, faces, strict=True)]) < 0.98:
+    if np.median([count / face.size for count, face in zip(counts, planes, strict=True)]) < 0.98:
         return None
-    if 2 * sum(counts) > sum(face.size for face in faces):
+    if 2 * sum(counts) > sum(face.size for face in planes):
         return float(value)
     # Two large faces may outweigh the four others: then the most common value of all faces decides.
-    values, totals = np.unique(np.concatenate([face.ravel() for face in faces]), return_counts=True)
+    values, totals = np.unique(np.concatenate([face.ravel() for face in planes]), return_counts=True)
     return float(value) if values[totals.argmax()] == value else None
 
 

@@ -15,6 +15,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff
 from scipy import ndimage
 
 from brainfound.data.preprocessing.foreground import foreground
+from brainfound.data.preprocessing.grids import faces
 from brainfound.data.reading.header_geometry import (
     AffineSource,
     axis_codes,
@@ -162,9 +163,9 @@ def _fill_nonfinite(scan: Scan, path: Path) -> str:
     count = int(np.count_nonzero(faulty))
     if count > max(MAX_NONFINITE_SHARE * data.size, 1):
         raise _nonfinite_error(count, data.size, path)
-    faces = np.concatenate([data[(slice(None),) * axis + (end,)].ravel() for axis in range(3) for end in (0, -1)])
-    faces = faces[np.isfinite(faces)]
-    data[faulty] = np.median(faces) if faces.size else 0
+    outermost = np.concatenate([plane.ravel() for plane in faces(data)])
+    outermost = outermost[np.isfinite(outermost)]
+    data[faulty] = np.median(outermost) if outermost.size else 0
     # A hole in a stripped brain has the value of its background now: it is closed again.
     with np.errstate(all="ignore"):
         inside = ndimage.binary_fill_holes(foreground(data, scan.affine))

@@ -27,7 +27,7 @@ from brainfound.data.store.plan import (
     writer_lock,
 )
 from brainfound.data.store.store import Store
-from brainfound.data.store.writer import ShardJob, StoreParts, assemble, move_into_place, require_sessions, write_shard
+from brainfound.data.store.writer import ShardJob, StoreParts, assemble, move_into_place, require_sessions
 from brainfound.errors import StoreError, UsageError
 
 Progress = Callable[[int, int], None]
@@ -121,7 +121,7 @@ def prepare(
         report = progress or (lambda done, total: None)
         report(done, len(sessions))
         try:
-            for job in run_jobs(jobs, write_shard, workers=workers, executor=executor, scheduler=scheduler):
+            for job in run_jobs(jobs, workers=workers, executor=executor, scheduler=scheduler):
                 done += len(job.sessions)
                 report(done, len(sessions))
             parts = StoreParts.from_shards(shards, partial) + StoreParts.from_source(cohort)
