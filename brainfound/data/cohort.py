@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from brainfound.data.sources import read_source
-from brainfound.data.sources.tables import count_noun, with_all_columns
+from brainfound.data.sources.tables import SourceTable, count_noun
 
 _PER_SCAN = {"subject", "session", "contrast", "path"}
 
@@ -50,8 +50,7 @@ class Session:
         return {contrast: files for contrast, files in scans.items() if files}, repeated
 
 
-@dataclass(eq=False, repr=False)
-class Cohort:
+class Cohort(SourceTable):
     """Sessions of one source.
 
     Attributes:
@@ -64,17 +63,6 @@ class Cohort:
         unused: files that are not scans of the table, each with the reason.
         rejected: data sets of a collection that cannot be read, each with the reason.
     """
-
-    table: pd.DataFrame
-    root: Path
-    mask_columns: tuple[str, ...] = ("mask",)
-    source: str = "table"
-    notes: Sequence[str] = ()
-    unused: Sequence[tuple[Path, str]] = ()
-    rejected: Sequence[tuple[Path, str]] = ()
-
-    def __post_init__(self) -> None:
-        self.table = with_all_columns(self.table)
 
     @classmethod
     def read(cls, path: str | Path, *, work: str | Path | None = None) -> Cohort:
