@@ -28,7 +28,6 @@ import numpy as np
 
 from brainfound.data.preprocessing.foreground import foreground
 from brainfound.data.preprocessing.settings import Preprocessing
-from brainfound.data.reading.scan import Scan
 
 FindHead = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Takes a RAS volume and its affine, returns the head as a mask."""
@@ -39,8 +38,7 @@ PrepareSession = Callable[[Mapping[str, Path], Path], None]
 
 def find_head(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """The head in a RAS volume ``(X, Y, Z)``, as BrainFound finds it."""
-    data = np.ascontiguousarray(volume, dtype=np.float32)
-    return foreground(Scan(data, np.asarray(affine, dtype=np.float64), data.shape, np.asarray(affine)))
+    return foreground(np.ascontiguousarray(volume, dtype=np.float32), np.asarray(affine, dtype=np.float64))
 
 
 def find_head_with_itk(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:

@@ -201,10 +201,12 @@ def member(module: str, owner: ast.ClassDef, name: str) -> tuple[str, ast.AST] |
     for node in owner.body:
         if name in (getattr(node, "name", None), getattr(getattr(node, "target", None), "id", None)):
             return module, node
-    bases = [base.id for base in owner.bases if isinstance(base, ast.Name)]
-    for base in bases:
-        here = [node for node in tree_of(module).body if isinstance(node, ast.ClassDef) and node.name == base]
-        return member(module, here[0], name) if here else None
+    for base in (base.id for base in owner.bases if isinstance(base, ast.Name)):
+        try:
+            found = lookup(module, base)
+        except AssertionError:
+            return None
+        return member(*found, name) if isinstance(found, tuple) and isinstance(found[1], ast.ClassDef) else None
     raise AssertionError(f"{owner.name} has no {name}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,7 @@ from typing import Any
 import pandas as pd
 
 from brainfound.data.sources import read_source
-from brainfound.data.sources.tables import count_noun, with_all_columns
-from brainfound.errors import UsageError, did_you_mean
+from brainfound.data.sources.tables import SourceTable, count_noun
 
 _PER_SCAN = {"subject", "session", "contrast", "path"}
 
@@ -51,8 +50,7 @@ class Session:
         return {contrast: files for contrast, files in scans.items() if files}, repeated
 
 
-@dataclass(eq=False, repr=False)
-class Cohort:
+class Cohort(SourceTable):
     """Sessions of one source.
 
     Attributes:
@@ -65,17 +63,6 @@ class Cohort:
         unused: files that are not scans of the table, each with the reason.
         rejected: data sets of a collection that cannot be read, each with the reason.
     """
-
-    table: pd.DataFrame
-    root: Path
-    mask_columns: tuple[str, ...] = ("mask",)
-    source: str = "table"
-    notes: Sequence[str] = ()
-    unused: Sequence[tuple[Path, str]] = ()
-    rejected: Sequence[tuple[Path, str]] = ()
-
-    def __post_init__(self) -> None:
-        self.table = with_all_columns(self.table)
 
     @classmethod
     def read(cls, path: str | Path, *, work: str | Path | None = None) -> Cohort:
@@ -126,9 +113,3 @@ class Cohort:
 def _first_known(values: list[Any], rows: list[int]) -> Any:
     value: Any = next((values[row] for row in rows if not pd.isna(values[row])), None)
     return value.item() if hasattr(value, "item") else value
-
-
-def require_column(columns: list[str], wanted: str, where: str) -> None:
-    """Raise a UsageError that suggests the nearest name if a covariate column does not exist."""
-    if wanted not in columns:
-        raise UsageError(f"no column {wanted!r}", where=where, remedy=did_you_mean(wanted, columns))

@@ -37,6 +37,8 @@ from brainfound.recipes import Recipe, validate
 PLACEHOLDERS = ("{input}", "{output}", "{reference}")
 _SHELL_WORDS = {"|", "||", "&", "&&", ";", "<", ">", ">>", "2>", "2>&1"}
 _VERSION_TIMEOUT_S, _VERSION_LENGTH, _MESSAGE_LENGTH = 60, 200, 300
+_FOLDER = r"(^|[=:,])/(?:[^/=:,]+/)*"
+_TRY_ALONE = "Try the tool alone on this scan"
 _GUARD = """
 import os, signal, subprocess, sys, threading
 def end_with_parent():
@@ -51,9 +53,6 @@ code = tool.wait()
 os._exit(code if code >= 0 else 128 - code)
 """
 """The program of the guard. After a signal the exit code is 128 plus the signal's number, as in shells."""
-
-
-_TRY_ALONE = "Try the tool alone on this scan"
 
 
 class Hook(Recipe):
@@ -239,7 +238,7 @@ def describe_hooks(hooks: Iterable[Hook]) -> list[dict[str, Any]]:
         {
             "name": hook.name,
             "step": hook.step,
-            "command": " ".join(_without_folder(word) for word in shlex.split(hook.command)),
+            "command": " ".join(re.sub(_FOLDER, r"\1", word) for word in shlex.split(hook.command)),
             "contrasts": list(hook.contrasts),
             "version": _version(hook),
             "citation": hook.citation,
@@ -247,10 +246,6 @@ def describe_hooks(hooks: Iterable[Hook]) -> list[dict[str, Any]]:
         }
         for hook in hooks
     ]
-
-
-def _without_folder(word: str) -> str:
-    return re.sub(r"(^|[=:,])/(?:[^/=:,]+/)*", r"\1", word)
 
 
 def _version(hook: Hook) -> str | None:
@@ -309,7 +304,8 @@ def run_hook(scan_path: Path, hook: Hook, folder: Path, reference: Path | None =
         if name in files:
             files[name].unlink(missing_ok=True)
     (folder / "result").mkdir()
-    return output.rename(folder / "result" / f"{_stem(scan_path)}.nii.gz")
+    stem = re.sub(r"\.(nii|mgz|mgh|img|hdr)(\.gz)?$", "", scan_path.name, flags=re.IGNORECASE)
+    return output.rename(folder / "result" / f"{stem}.nii.gz")
 
 
 def anonymised_copy(source: Path, target: Path) -> Path:
@@ -330,10 +326,6 @@ def anonymised_copy(source: Path, target: Path) -> Path:
         image.header.set_xyzt_units("mm")
         nib.save(image, target)
     return target
-
-
-def _stem(path: Path) -> str:
-    return re.sub(r"\.(nii|mgz|mgh|img|hdr)(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
 def _execute(hook: Hook, words: list[str], folder: Path, name: str) -> None:
@@ -358,7 +350,7 @@ def _execute(hook: Hook, words: list[str], folder: Path, name: str) -> None:
         finally:
             _kill_group(process)
     if code != 0:
-        last = _last_line(errors, folder) or _last_line(log, folder) or "it said nothing"
+        last = _last_line(errors, folder) or _last_line(log, folder) or "no message"
         what = f"the hook {hook.name} failed: {last}"
         raise ScanError(what, where=name, got=f"exit code {code}", remedy=_TRY_ALONE)
 

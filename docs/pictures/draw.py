@@ -41,7 +41,7 @@ HERE = Path(__file__).parent
 CONTRASTS = ("T1w", "T2w", "FLAIR")
 BLUE, ORANGE, GREEN, INK, GREY = "#0072B2", "#D55E00", "#009E73", "#1F2933", "#8A94A0"
 # The panels of curves.png that a reader looks at first.
-CURVES = ("loss", "loss_", "lr", "teacher_entropy", "target_entropy", "effective_rank", "mean_cosine", "grad_norm")
+CURVES = ("loss", "lr", "teacher_entropy", "target_entropy", "effective_rank", "mean_cosine", "grad_norm")
 CURVES += ("probe", "view_margin", "ln_k")
 LESION = ListedColormap([ORANGE])
 
@@ -77,7 +77,7 @@ def make(work: Path) -> tuple[brainfound.Store, dict[str, Path]]:
     shared += ["engine.batch_size=4", "split.seed=1"]
     if not (runs["mask"] / "export").exists():
         fine = [*shared, "engine.steps=30", "task.decoder_width=32", "optim.lr=1e-3", "optim.head_lr=2e-3"]
-        fine += ["task.merge_codes=true", "num_slices=5", "foreground_share=0.8", "engine.log_every=10"]
+        fine += ["task.merge_codes=true", "num_slices=5", "task.foreground_share=0.8", "engine.log_every=10"]
         recipe, adapter = "finetune-segmentation", "lora-r16-all"
         brainfound.finetune(recipe, store, start, "mask", out=runs["mask"], adapter=adapter, overrides=fine, quiet=True)
     if not (runs["age"] / "export").exists():
@@ -304,10 +304,8 @@ def draw_curves(run: Path, work: Path, path: Path) -> None:
     kept = []
     for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        kept.append({k: v for k, v in record.items() if k == "step" or (k.startswith(CURVES) and k[-1] != "_")})
-    for record in kept:
-        for key in [k for k in record if k.startswith("probe_")]:
-            del record[key]
+        is_kept = {k: k == "step" or (k.startswith(CURVES) and not k.startswith("probe_")) for k in record}
+        kept.append({k: v for k, v in record.items() if is_kept[k]})
     (copy / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
     image = Image.open(plot_curves(copy)).convert("RGB")
     image.thumbnail((1250, 1250), Image.Resampling.LANCZOS)
@@ -323,7 +321,7 @@ def draw_partial_input(run: Path, store, work: Path, path: Path) -> None:
 
 
 def draw_missing(run: Path, files: dict[str, Path], stack, path: Path) -> None:
-    """The same session, predicted from all contrasts and without FLAIR."""
+    """The same session, predicted from all contrasts, without FLAIR, and from FLAIR alone."""
     predictor = brainfound.load(run)
     height = height_of(stack, slice_of(stack))
     native = nib.load(files["T1w"])

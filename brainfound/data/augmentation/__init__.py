@@ -8,22 +8,9 @@ Sources: multi-crop of SwAV (arXiv 2006.09882, section 3.2) with the scales of D
 nnU-Net (Isensee et al. 2021, supplementary note 4). The modules name the sources of the other effects.
 """
 
-from brainfound.data.augmentation.intensity import IntensityPlan, vary_intensity
+from brainfound.data.augmentation.intensity import vary_intensity
 from brainfound.data.augmentation.recipe import IntensityRecipe, ViewsRecipe
-from brainfound.data.augmentation.transforms import gaussian_blur, random_affine, sample_crops
-from brainfound.data.augmentation.views import CropViews, MultiCrop, Views, contrast_masks, drop_contrasts
+from brainfound.data.augmentation.transforms import random_affine
+from brainfound.data.augmentation.views import MultiCrop, Views, drop_contrasts
 
-__all__ = [
-    "CropViews",
-    "IntensityPlan",
-    "IntensityRecipe",
-    "MultiCrop",
-    "Views",
-    "ViewsRecipe",
-    "contrast_masks",
-    "drop_contrasts",
-    "gaussian_blur",
-    "random_affine",
-    "sample_crops",
-    "vary_intensity",
-]
+__all__ = ["IntensityRecipe", "MultiCrop", "Views", "ViewsRecipe", "drop_contrasts", "random_affine", "vary_intensity"]

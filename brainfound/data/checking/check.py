@@ -180,14 +180,13 @@ def image_findings(scan: Scan, builder: StackBuilder, contract: InputContract) -
     quality = builder.quality[-1]
     is_reference = len(builder.quality) == 1
     pixels, spacing_mm = builder.channel(quality.contrast), np.linalg.norm(builder.affine[:3, :3], axis=0)
-    values = [*intensity_findings(scan, quality, contract, builder.preprocessing), *picture_findings(scan, quality)]
-    cut = [cut_finding(pixels, spacing_mm, quality, contract)] if is_reference else []
     findings: list[Finding | None] = [
         spacing_finding(quality, contract),
-        *values,
+        *intensity_findings(scan, quality, contract, builder.preprocessing),
+        *picture_findings(scan, quality),
         skull_finding(quality, contract),
         *field_of_view_findings(quality, contract),
-        *cut,
+        cut_finding(pixels, spacing_mm, quality, contract) if is_reference else None,
         *position_findings(pixels, spacing_mm, quality, contract),
         None if is_reference else overlap_finding(quality),  # others are compared with the first
     ]

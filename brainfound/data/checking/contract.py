@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from brainfound.data.checking.mean_stack import decode, measure_mean_stacks
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.store import Store
+from brainfound.data.store.folder import session_keys
 from brainfound.data.store.reader import select_sessions
 from brainfound.errors import ModelError
 from brainfound.recipes import Recipe, load_json
@@ -93,7 +94,7 @@ class InputContract(Recipe):
         """
         rows = np.arange(len(store)) if sessions is None else np.asarray(sessions, dtype=np.int64)
         table = store.sessions.iloc[rows]
-        quality = select_sessions(store.quality, set(zip(table["subject"], table["session"], strict=True)))
+        quality = select_sessions(store.quality, set(session_keys(table)))
         slices = table["num_slices"].to_numpy()
         # The longest edge of a spacing such as ``0.7x0.7x4``.
         longest = quality["spacing_mm"].astype(str).map(lambda text: max(map(float, text.split("x"))))

@@ -12,6 +12,7 @@ from jaxtyping import Float, Num
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.checking.mean_stack import compare
 from brainfound.data.checking.rules import MAX_CROPPED_SHARE, Finding, Level
+from brainfound.data.preprocessing.grids import faces
 from brainfound.data.preprocessing.stack import ScanQuality
 from brainfound.data.reading.scan import Scan
 
@@ -66,9 +67,9 @@ def noise(scan: Scan, quality: ScanQuality) -> Finding | None:
 def inversion(scan: Scan) -> Finding | None:
     """Is the air darker than the head?"""
     data = scan.data
-    faces = [data[(slice(None),) * axis + (end,)][::2, ::2].ravel() for axis in range(3) for end in (0, -1)]
+    outermost = np.concatenate([plane[::2, ::2].ravel() for plane in faces(data)])
     middle = data[tuple(slice(n // 4, max(n - n // 4, n // 4 + 1)) for n in data.shape)][::2, ::2, ::2]
-    share = float((middle < np.median(np.concatenate(faces))).mean())
+    share = float((middle < np.median(outermost)).mean())
     level = _level(share, MAX_DARKER_THAN_AIR)
     message = f"{share:.0%} of the middle are darker than the faces of the volume: the grey values are inverted"
     return level and Finding("intensity", level, message, "Give the image as acquired, with dark air")

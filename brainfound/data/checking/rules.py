@@ -7,7 +7,7 @@ the model is for). It returns None if the model's contract does not cover its qu
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,7 +62,7 @@ class Finding:
     remedy: str = ""
 
 
-def worst_level(findings: tuple[Finding, ...] | list[Finding]) -> Level:
+def worst_level(findings: Sequence[Finding]) -> Level:
     """The gravest level; ``ok`` without findings."""
     return max((finding.level for finding in findings), key=LEVELS.index, default="ok")
 

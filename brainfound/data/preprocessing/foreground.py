@@ -9,13 +9,11 @@ Axis legend: X left → right, Y posterior → anterior, Z inferior → superior
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 from jaxtyping import Bool, Float
 from scipy import ndimage
 
-from brainfound.data.preprocessing.grids import bounding_box
+from brainfound.data.preprocessing.grids import bounding_box, faces
 
 MAX_HEAD_ML = 5500.0
 """More than an adult's head and neck."""
@@ -25,52 +23,38 @@ COARSE_MM = 3.0
 """Spacing of the grid on which air noise is separated: fast, and robust to single bright voxels."""
 
 
-class Volume(Protocol):
-    """The part of a `brainfound.data.reading.scan.Scan` that its foreground depends on."""
-
-    @property
-    def data(self) -> Float[np.ndarray, "X Y Z"]: ...
-
-    @property
-    def affine(self) -> Float[np.ndarray, "4 4"]: ...
-
-    @property
-    def spacing_mm(self) -> Float[np.ndarray, "3"]: ...
-
-
-def foreground(scan: Volume) -> Bool[np.ndarray, "X Y Z"]:
-    """The head or brain in a scan, as a mask on its grid."""
-    data = scan.data
+def foreground(data: Float[np.ndarray, "X Y Z"], affine: Float[np.ndarray, "4 4"]) -> Bool[np.ndarray, "X Y Z"]:
+    """The head or brain in the voxels of a scan, as a mask on their grid; ``affine`` is index → millimetres."""
     exact = _constant_background(data)
     if exact is not None:
         inside = data != exact
-        if not _is_padded_air(inside, scan):
+        if not _is_padded_air(inside, abs(float(np.linalg.det(affine[:3, :3])))):
             return inside
-    return _segment_head(data, scan.spacing_mm)
+    return _segment_head(data, np.linalg.norm(affine[:3, :3], axis=0))
 
 
-def _is_padded_air(inside: Bool[np.ndarray, "X Y Z"], scan: Volume) -> bool:
+def _is_padded_air(inside: Bool[np.ndarray, "X Y Z"], voxel_mm3: float) -> bool:
     """Whether the mask is the field of view of a padded scan: too large for a head, and filling its box."""
     count = np.count_nonzero(inside)
-    if count * abs(np.linalg.det(scan.affine[:3, :3])) <= MAX_HEAD_ML * 1000:
+    if count * voxel_mm3 <= MAX_HEAD_ML * 1000:
         return False
     return bool(count > MAX_BOX_SHARE * np.prod([part.stop - part.start for part in bounding_box(inside)]))
 
 
 def _constant_background(data: Float[np.ndarray, "X Y Z"]) -> float | None:
     """The value that covers nearly all of most faces of the volume, if there is one."""
-    faces = [data[(slice(None),) * axis + (index,)] for axis in range(3) for index in (0, -1)]
+    planes = faces(data)
     # A value that fills most of a face is its median; a value that fills most faces is the median of those medians.
-    medians = [np.partition(face, face.size // 2, axis=None)[face.size // 2] for face in faces]
+    medians = [np.partition(face, face.size // 2, axis=None)[face.size // 2] for face in planes]
     value = sorted(medians)[len(medians) // 2]
-    counts = [int(np.count_nonzero(face == value)) for face in faces]
+    counts = [int(np.count_nonzero(face == value)) for face in planes]
     # A neck or a tight crop may fill one or two faces; noise in air never leaves a face constant.
-    if np.median([count / face.size for count, face in zip(counts, faces, strict=True)]) < 0.98:
+    if np.median([count / face.size for count, face in zip(counts, planes, strict=True)]) < 0.98:
         return None
-    if 2 * sum(counts) > sum(face.size for face in faces):
+    if 2 * sum(counts) > sum(face.size for face in planes):
         return float(value)
     # Two large faces may outweigh the four others: then the most common value of all faces decides.
-    values, totals = np.unique(np.concatenate([face.ravel() for face in faces]), return_counts=True)
+    values, totals = np.unique(np.concatenate([face.ravel() for face in planes]), return_counts=True)
     return float(value) if values[totals.argmax()] == value else None
 
 

@@ -100,6 +100,11 @@ def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
     return tuple(box)
 
 
+def faces(volume: Num[np.ndarray, "I J K"]) -> list[Num[np.ndarray, "..."]]:
+    """The six outer planes of a volume."""
+    return [volume[(slice(None),) * axis + (end,)] for axis in range(3) for end in (0, -1)]
+
+
 def shift(voxels: float | Sequence[float]) -> np.ndarray:
     """A translation as a ``(4, 4)`` matrix."""
     matrix = np.eye(4)

@@ -96,10 +96,8 @@ class _Preparation:
             first_reason = ""
             for place, source in enumerate(files, start=1):
                 try:
-                    file = source
-                    if self.hooks:
-                        # Other scans are registered to the reference scan after its hooks.
-                        file = run_hooks(source, self.hooks, contrast=contrast, reference=reference, folder=self.folder)
+                    # Other scans are registered to the reference scan after its hooks.
+                    file = run_hooks(source, self.hooks, contrast=contrast, reference=reference, folder=self.folder)
                     scan = load_scan(file)
                     if builder is None:
                         # If this fails, the contrast's next scan is the reference, or that of the next contrast.

@@ -91,18 +91,6 @@ class Preprocessing(Recipe):
     def max_pixel_value(self) -> int:
         return 2**self.bits - 1
 
-    def restore_values(self, contrast: str, pixels: np.ndarray) -> np.ndarray:
-        """Convert pixels of a contrast with a fixed range back to its unit (float32); pixel 0 may also be background.
-
-        Raises:
-            UsageError: the contrast was scaled by percentiles, which differ between scans.
-        """
-        if contrast not in self.ranges:
-            what = f"{contrast} has no range of its own"
-            raise UsageError(what, where="ranges", got=sorted(self.ranges), remedy="Set its range")
-        low, high = self.ranges[contrast]
-        return np.float32(low) + pixels.astype(np.float32) * np.float32((high - low) / self.max_pixel_value)
-
     def require_hooks(self, names: Sequence[str]) -> None:
         """Raise a UsageError for hooks other than those of this preprocessing: training had no such scans."""
         if self.hooks != tuple(names):

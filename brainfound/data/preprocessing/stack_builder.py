@@ -46,7 +46,7 @@ class StackBuilder:
 
     def __init__(self, preprocessing: Preprocessing, contrast: str, reference: Scan, file: str = "") -> None:
         self.preprocessing = preprocessing
-        inside = foreground(reference)
+        inside = foreground(reference.data, reference.affine)
         to_scan, self.grid = compute_stack_grid(preprocessing, reference, inside)
         if self.grid[0] < preprocessing.min_slices:
             expected, remedy = f"at least {preprocessing.min_slices}", "Lower min_slices or leave the session out"
@@ -67,11 +67,11 @@ class StackBuilder:
 
     def add(self, contrast: str, scan: Scan, file: str = "") -> None:
         """Bring a further scan onto the grid; ScanError if it does not overlap the reference, or has no foreground."""
-        overlap = _share_within(self._points_mm, scan.affine, scan.data.shape)
+        overlap = self._covered_share(scan)
         least = self.preprocessing.min_overlap
         if overlap < least:
             raise _no_overlap("the scan", f"{overlap:.0%} of its foreground covered", f"at least {least:.0%}")
-        self._add(contrast, scan, foreground(scan), overlap, file)
+        self._add(contrast, scan, foreground(scan.data, scan.affine), overlap, file)
 
     def note(self, text: str, place: int = -1) -> None:
         """Add a note to the quality of a scan: by default of the last one."""

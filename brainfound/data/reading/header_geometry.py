@@ -70,7 +70,7 @@ def header_affine(
         if source == "sform":
             notes += _compare_with_pixdim(header, affine)
     if source != "sform" and any("non-zero" in text for text in repairs):  # nibabel would assume 1 mm
-        raise ValueError("its header says a voxel size of 0 mm")
+        raise ValueError("its header gives a voxel size of 0 mm")
     if source == "header size only":
         notes.append("no orientation in the header; taken from voxel sizes, left-right may be wrong")
     return affine, source, notes

@@ -15,6 +15,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff
 from scipy import ndimage
 
 from brainfound.data.preprocessing.foreground import foreground
+from brainfound.data.preprocessing.grids import faces
 from brainfound.data.reading.header_geometry import (
     AffineSource,
     axis_codes,
@@ -39,7 +40,7 @@ MIN_RANGE = 1e-30
 
 @dataclass(frozen=True)
 class ScanHeader:
-    """The header of an image file; shape, orientation (such as ``"LPS"``) and spacing refer to the stored axes.
+    """The header of an image file; shape and spacing refer to the stored axes.
 
     ``affine`` is ``(4, 4)``, index in the stored array → millimetres in RAS+. ``notes`` are for a person to check.
     """
@@ -47,7 +48,6 @@ class ScanHeader:
     shape: tuple[int, int, int]
     dtype: str
     affine: Float[np.ndarray, "4 4"]
-    orientation: str
     spacing_mm: tuple[float, float, float]
     affine_source: AffineSource
     notes: tuple[str, ...] = ()
@@ -131,7 +131,6 @@ def _scan_header(image: ImageHeader) -> ScanHeader:
         shape=image.shape_3d,
         dtype=image.dtype.name,
         affine=image.affine,
-        orientation=axis_codes(image.affine),
         spacing_mm=(x, y, z),
         affine_source=image.affine_source,
         notes=image.notes + shear_notes(image.affine),
@@ -164,12 +163,12 @@ def _fill_nonfinite(scan: Scan, path: Path) -> str:
     count = int(np.count_nonzero(faulty))
     if count > max(MAX_NONFINITE_SHARE * data.size, 1):
         raise _nonfinite_error(count, data.size, path)
-    faces = np.concatenate([data[(slice(None),) * axis + (end,)].ravel() for axis in range(3) for end in (0, -1)])
-    faces = faces[np.isfinite(faces)]
-    data[faulty] = np.median(faces) if faces.size else 0
+    outermost = np.concatenate([plane.ravel() for plane in faces(data)])
+    outermost = outermost[np.isfinite(outermost)]
+    data[faulty] = np.median(outermost) if outermost.size else 0
     # A hole in a stripped brain has the value of its background now: it is closed again.
     with np.errstate(all="ignore"):
-        inside = ndimage.binary_fill_holes(foreground(scan))
+        inside = ndimage.binary_fill_holes(foreground(data, scan.affine))
     in_head = int(np.count_nonzero(faulty & ndimage.binary_dilation(inside, np.ones((3, 3, 3)))))
     if in_head or not inside.any():
         raise _nonfinite_error(count, data.size, path, f", {in_head} of them in the head" if in_head else "")

@@ -98,11 +98,7 @@ def _parse_ages(values: pd.Series, units_per_year: float, name: str, notes: list
     example = f"{comma.group(1)}.{comma.group(2)}" if comma else "35.5"
     for chosen, fault, remedy in (
         (is_text, "an age that is not a number, now missing", f"Write years with a point ({example}) or n/a"),
-        (
-            is_outside,
-            "an age that is negative, above 150 years or a code, now missing",
-            "Write years or n/a, not months",
-        ),
+        (is_outside, "an age below 0, above 150 years or a code, now missing", "Write years or n/a, not months"),
         (is_doubtful, "an age of 110 years or more, kept", "If these are months or days, turn them into years"),
     ):
         if chosen.any():

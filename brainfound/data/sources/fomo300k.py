@@ -132,10 +132,11 @@ def _contrast(file: Path) -> tuple[str, str]:
     contrast, reason = contrast_from_bids_name(BidsName.parse(file))
     if reason and not reason.startswith("no known contrast"):
         return UNKNOWN, reason
-    if contrast == UNKNOWN and parse_filename(file).label_column:
-        return UNKNOWN, "a label map"
     if contrast == UNKNOWN:
-        contrast = read_scan_name(file).contrast if "-" not in file.name else UNKNOWN
+        if parse_filename(file).label_column:
+            return UNKNOWN, "a label map"
+        if "-" not in file.name:
+            contrast = read_scan_name(file).contrast
     return (UNKNOWN if contrast == "DWI" and _is_b0(file) else contrast), ""
 
 

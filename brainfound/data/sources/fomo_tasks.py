@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
-from brainfound.data.sources.covariates import clean_covariates
+from brainfound.data.sources.covariates import MAX_AGE_YEARS, clean_covariates
 from brainfound.data.sources.file_names import UnusedFiles, iter_images, parse_filename, read_scan_name, subfolders
 from brainfound.data.sources.tables import SourceLayout, SourceTable
 from brainfound.errors import CohortError
@@ -44,7 +44,8 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     for folder in tasks:
         number = _task_number(folder)
         prefix = (f"task{number}_" if number else f"{folder.name}_") if len(tasks) > 1 else ""
-        for subject in subfolders(_images_folder(folder), "sub_*"):
+        images = folder / "preprocessed"
+        for subject in subfolders(images if images.is_dir() else folder, "sub_*"):
             sessions = subfolders(subject, "ses_*")
             loose = iter_images(subject, unused, without=sessions) if sessions else ()
             unused += [(file, "not in the folder of a session") for file in loose if file.name not in _SEGMENTATIONS]
@@ -88,10 +89,6 @@ def _tasks(path: Path) -> list[Path]:
 def _is_task(path: Path) -> bool:
     named = _TASK.search(path.name) is not None and any(path.glob("sub_*"))
     return named or any(child.is_dir() for child in (path / "preprocessed").glob("sub_*"))
-
-
-def _images_folder(task: Path) -> Path:
-    return task / "preprocessed" if (task / "preprocessed").is_dir() else task
 
 
 def _task_number(task: Path) -> str:
@@ -140,7 +137,7 @@ def _read_number(file: Path, task: Path, *, is_age: bool) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value) or (is_age and not 0 <= value <= 150):
+    if not math.isfinite(value) or (is_age and not 0 <= value <= MAX_AGE_YEARS):
         raise CohortError(
             "the label is not one number",
             where=where,

@@ -91,7 +91,7 @@ def _is_per_scan(column: str) -> bool:
 def _notes_on_columns_of_scans(table: pd.DataFrame, columns: list[str], path: Path) -> list[str]:
     differs = contradictions(table, _SESSION, columns).any()
     names = ", ".join(repr(column) for column in columns if differs[column])
-    return [f"{path.name}: the first scan of a session says the value of {names}, which differ"] if names else []
+    return [f"{path.name}: the values of {names} differ within sessions; the first one counts"] if names else []
 
 
 def _further_label_maps(table: pd.DataFrame, columns: list[str]) -> UnusedFiles:

@@ -43,7 +43,7 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
                 if number >= len(channels):
                     unused.append((file, f"a channel that dataset.json does not name ({number})"))
                 elif contrasts[number] == UNKNOWN:
-                    unused.append((file, f"no known contrast ({channels[number]}, says dataset.json)"))
+                    unused.append((file, f"no known contrast ({channels[number]} in dataset.json)"))
                 else:
                     mask = path / label_folder / f"{case}{file.name[len(stem(file)) :]}"
                     row = {"contrast": contrasts[number], "path": str(scan), "folder": folder}
@@ -93,11 +93,6 @@ def _label_names(content: dict[str, Any]) -> str:
     """``1 edema, 2 tumour``; the two versions have codes as keys and as values."""
     labels = content.get("labels")
     pairs = labels.items() if isinstance(labels, dict) else ()
-    named = {
-        int(str(code)): str(name) for one, two in pairs for code, name in ((one, two), (two, one)) if _is_code(code)
-    }
+    both_ways = [way for one, two in pairs for way in ((str(one), str(two)), (str(two), str(one)))]
+    named = {int(code): name for code, name in both_ways if code.isdecimal()}
     return ", ".join(f"{code} {name}" for code, name in sorted(named.items()) if code)
-
-
-def _is_code(value: Any) -> bool:
-    return str(value).isdecimal()

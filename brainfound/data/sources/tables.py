@@ -47,21 +47,23 @@ MISSING = ("", "n/a", "N/A", "#N/A", "NA", "NaN", "nan", "null", "NULL")
 _READ_OPTIONS: dict[str, Any] = dict(low_memory=False, index_col=False, keep_default_na=False, na_values=list(MISSING))
 
 
-@dataclass
+@dataclass(eq=False)
 class SourceTable:
-    """The scans of a source, as the reader of its layout returns them; `Cohort` has the same attributes."""
+    """The scans of a source, as the reader of its layout returns them. `Cohort` describes the fields."""
 
     table: pd.DataFrame
     root: Path
-    source: str
+    source: str = "table"
     mask_columns: tuple[str, ...] = ("mask",)
     notes: list[str] = field(default_factory=list)
     unused: UnusedFiles = field(default_factory=list)
     rejected: UnusedFiles = field(default_factory=list)
-    """Folders that should be part of the cohort but cannot be read, with the reason."""
 
     def __post_init__(self) -> None:
-        self.table = with_all_columns(self.table)
+        # All of `COLUMNS` come first, empty where the source has none.
+        rest = [column for column in self.table.columns if column not in COLUMNS]
+        table = self.table.assign(**{column: None for column in COLUMNS if column not in self.table})
+        self.table = table[[*COLUMNS, *rest]].reset_index(drop=True)
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,6 @@ class SourceLayout:
     """One line for the error when no layout fits."""
     can_read: Callable[[Path], bool]
     read: Callable[[Path, Path | None], SourceTable]
-
-
-def with_all_columns(table: pd.DataFrame) -> pd.DataFrame:
-    """A copy with all of `COLUMNS` first, empty where the source has none."""
-    rest = [column for column in table.columns if column not in COLUMNS]
-    table = table.assign(**{column: None for column in COLUMNS if column not in table})
-    return table[[*COLUMNS, *rest]].reset_index(drop=True)
 
 
 def read_table(path: Path, notes: list[str], *, bids_ids: bool = False) -> pd.DataFrame:
@@ -154,9 +149,8 @@ def decode_text(content: bytes, name: str, notes: list[str]) -> str:
 
 def _read_text(path: Path, notes: list[str]) -> pd.DataFrame:
     text = decode_text(path.read_bytes(), path.name, notes).replace("\r\n", "\n").replace("\r", "\n")
-    blank = re.match(r"(?:[ \t]*\r?\n)*", text)
-    start = blank.end() if blank else 0
-    num_blank_lines, text = text.count("\n", 0, start), text[start:]
+    content = re.sub(r"\A(?:[ \t]*\n)+", "", text)
+    num_blank_lines, text = text.count("\n") - content.count("\n"), content
     first = text.partition("\n")[0]
     expected = "," if path.suffix.lower() == ".csv" else "\t"
     separator = next((separator for separator in (expected, *_SEPARATORS) if separator in first), expected)

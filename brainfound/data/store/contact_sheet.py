@@ -21,7 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from brainfound.data.preprocessing.grids import bounding_box
 from brainfound.data.preprocessing.stack import Stack
-from brainfound.data.store.folder import SessionKey
+from brainfound.data.sources.tables import SessionKey
+from brainfound.data.store.folder import session_keys
 from brainfound.data.store.reader import StoreReader
 
 HEIGHTS = (1 / 3, 1 / 2, 2 / 3)
@@ -78,7 +79,7 @@ def write_contact_sheet(
     scans = store.quality[["subject", "session", "contrast", "notes"]]
     for subject, session, contrast, text in scans[scans["notes"] != ""].itertuples(index=False):
         notes.setdefault((subject, session), {})[contrast] = tuple(text.split("; "))
-    keys = list(zip(store.sessions["subject"], store.sessions["session"], strict=True))
+    keys = session_keys(store.sessions)
     flagged = [row for row, key in enumerate(keys) if notes.get(key) or refused.get(key)]
     chosen = choose_sessions(len(store), flagged, max_sessions)
     cards = []
@@ -137,7 +138,7 @@ def _card_from_row(
     chosen = choose_slices(len(rows), mask)
     column_mm, row_mm, _ = store.preprocessing.spacing_mm
     if column_mm is None or row_mm is None:
-        _, row_mm, column_mm = (float(length) for length in store[row].spacing_mm)
+        _, row_mm, column_mm = (float(mm) for mm in np.linalg.norm(store.table.affine[row][:3, :3], axis=0))
     outlines = None if mask is None else mask[chosen]
     images = _eight_bit_images(store.read_slices(rows[chosen]), store.present[row])
     heights_mm = tuple(store.slice_positions_mm[rows[chosen]].tolist())
@@ -227,7 +228,6 @@ def _layout(cards: Sequence[SessionCard], groups: int, tile_aspect: float) -> _L
     longest = max((_font(13).getlength(word) for card in cards for word in card.label.split()), default=0)
     label_width = max(_LABEL_WIDTH, min(int(longest) + 14, 220))
     filled = tuple(any(card.images[group] is not None for card in cards) for group in range(groups))
-    best: _Layout | None = None
     for width in _TILE_WIDTHS:
         tile = (width, max(round(width * tile_aspect), 8))
         heights = tuple(tile[1] + (_NOTE_HEIGHT if card.is_flagged else 0) for card in cards)
@@ -235,8 +235,7 @@ def _layout(cards: Sequence[SessionCard], groups: int, tile_aspect: float) -> _L
         layouts = [_Layout(tile, slices, filled, columns, label_width, heights) for columns in all_columns]
         best = min(layouts, key=lambda layout: abs(math.log(layout.page()[0] / layout.page()[1] / _PAGE_ASPECT)))
         if math.prod(best.page()) <= _MAX_PAGE_PIXELS:
-            return best
-    assert best is not None
+            break
     return best
 
 

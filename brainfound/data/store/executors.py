@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
+from brainfound.data.store.writer import ShardJob, write_shard
 from brainfound.data.worker_processes import map_in_processes
 from brainfound.errors import StoreError, UsageError
 
-if TYPE_CHECKING:
-    from brainfound.data.store.writer import ShardJob
-
 Executor = Literal["processes", "dask"]
-WriteShard = Callable[["ShardJob"], None]
 
 _DASK_RETRIES = 3
 _CONNECT_TIMEOUT_S = 30
 
 
 def run_jobs(
-    jobs: Sequence[ShardJob],
-    write: WriteShard,
-    *,
-    workers: int = 1,
-    executor: Executor = "processes",
-    scheduler: str | None = None,
+    jobs: Sequence[ShardJob], *, workers: int = 1, executor: Executor = "processes", scheduler: str | None = None
 ) -> Iterator[ShardJob]:
     """Write shards; yields each finished one, in any order.
 
@@ -36,16 +28,16 @@ def run_jobs(
     if executor not in get_args(Executor):
         raise UsageError("no such executor", where="executor", got=executor, expected=" or ".join(get_args(Executor)))
     if executor == "dask":
-        yield from _on_dask(jobs, write, scheduler)
+        yield from _on_dask(jobs, scheduler)
     elif scheduler is not None:
         raise UsageError("a scheduler is for dask", where="scheduler", got=scheduler, remedy="Add --executor dask")
     else:
-        yield from _in_processes(jobs, write, workers)
+        yield from _in_processes(jobs, workers)
 
 
-def _in_processes(jobs: Sequence[ShardJob], write: WriteShard, workers: int) -> Iterator[ShardJob]:
+def _in_processes(jobs: Sequence[ShardJob], workers: int) -> Iterator[ShardJob]:
     try:
-        for job, _ in map_in_processes(write, jobs, workers):
+        for job, _ in map_in_processes(write_shard, jobs, workers):
             yield job
     except BrokenProcessPool:
         raise StoreError(
@@ -54,7 +46,7 @@ def _in_processes(jobs: Sequence[ShardJob], write: WriteShard, workers: int) -> 
         ) from None
 
 
-def _on_dask(jobs: Sequence[ShardJob], write: WriteShard, scheduler: str | None) -> Iterator[ShardJob]:
+def _on_dask(jobs: Sequence[ShardJob], scheduler: str | None) -> Iterator[ShardJob]:
     try:
         from dask.distributed import Client, as_completed
         from distributed.scheduler import KilledWorker
@@ -73,7 +65,8 @@ def _on_dask(jobs: Sequence[ShardJob], write: WriteShard, scheduler: str | None)
     with client:
         by_key = {job.key: job for job in jobs}
         # The cluster forgets a result whose future is gone, so all futures are kept.
-        futures = [client.submit(write, job, pure=False, retries=_DASK_RETRIES, key=key) for key, job in by_key.items()]
+        options = {"pure": False, "retries": _DASK_RETRIES}
+        futures = [client.submit(write_shard, job, key=key, **options) for key, job in by_key.items()]
         try:
             for future in as_completed(futures, loop=client.loop):
                 future.result()

@@ -26,13 +26,16 @@ from jaxtyping import Int
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.sources import SOURCE_LAYOUTS
-from brainfound.data.sources.tables import is_missing
+from brainfound.data.sources.tables import SessionKey, is_missing
 from brainfound.data.store.slice_files import SliceFiles
 from brainfound.errors import CohortError, StoreError, closest_folder
 
 SCHEMA_VERSION = 2
-SessionKey = tuple[str, str]
-"""Subject and session."""
+
+
+def session_keys(table: pd.DataFrame) -> list[SessionKey]:
+    """Subject and session of each row of a table."""
+    return list(zip(table["subject"], table["session"], strict=True))
 
 
 class StoreFolder:
@@ -196,7 +199,7 @@ class SessionTable:
     @property
     def keys(self) -> list[SessionKey]:
         """Subject and session of each row."""
-        return list(zip(self.sessions["subject"], self.sessions["session"], strict=True))
+        return session_keys(self.sessions)
 
     @staticmethod
     def join(tables: Sequence[SessionTable], num_folders: Sequence[int]) -> SessionTable:
@@ -276,13 +279,6 @@ def _one_type(values: pd.Series) -> pd.Series:
     if kinds <= {int, float} or len(kinds) <= 1:
         return values
     return values.map(lambda value: None if is_missing(value) else str(value))
-
-
-def plain_value(value: Any) -> Any:
-    """A value of a table as a plain Python value; None if it is missing."""
-    if is_missing(value):
-        return None
-    return value.item() if hasattr(value, "item") else value
 
 
 def _canonical(value: Any) -> Any:

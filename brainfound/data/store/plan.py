@@ -22,8 +22,8 @@ from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.reading.archives import size_and_mtime
 from brainfound.data.reading.scan import read_header
-from brainfound.data.sources.tables import read_json
-from brainfound.data.store.folder import SCHEMA_VERSION, SessionKey, StoreFolder, replaced_path
+from brainfound.data.sources.tables import SessionKey, read_json
+from brainfound.data.store.folder import SCHEMA_VERSION, StoreFolder, replaced_path, session_keys
 from brainfound.data.worker_processes import require_main_guard
 from brainfound.errors import BrainFoundError, ScanError, StoreError
 
@@ -67,7 +67,7 @@ class SourceFingerprints:
     def read(cls, folder: Path, settings: str) -> SourceFingerprints:
         """The fingerprints of a store with these settings."""
         table = pd.read_parquet(folder / _SOURCES_FILE)
-        keys = list(zip(table["subject"], table["session"], strict=True))
+        keys = session_keys(table)
         files, covariates = (dict(zip(keys, table[column], strict=True)) for column in ("files", "covariates"))
         return cls(settings, files, covariates)
 

@@ -12,8 +12,9 @@ from typing import Any
 from brainfound.data.cohort import Cohort, Session
 from brainfound.data.hooks import Hook, describe_hooks, load_hooks
 from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.sources.tables import SessionKey
 from brainfound.data.store.executors import Executor, run_jobs
-from brainfound.data.store.folder import SessionKey, StoreFolder, partial_path
+from brainfound.data.store.folder import StoreFolder, partial_path, session_keys
 from brainfound.data.store.plan import (
     SourceFingerprints,
     find_existing_store,
@@ -26,7 +27,7 @@ from brainfound.data.store.plan import (
     writer_lock,
 )
 from brainfound.data.store.store import Store
-from brainfound.data.store.writer import ShardJob, StoreParts, assemble, move_into_place, require_sessions, write_shard
+from brainfound.data.store.writer import ShardJob, StoreParts, assemble, move_into_place, require_sessions
 from brainfound.errors import StoreError, UsageError
 
 Progress = Callable[[int, int], None]
@@ -120,7 +121,7 @@ def prepare(
         report = progress or (lambda done, total: None)
         report(done, len(sessions))
         try:
-            for job in run_jobs(jobs, write_shard, workers=workers, executor=executor, scheduler=scheduler):
+            for job in run_jobs(jobs, workers=workers, executor=executor, scheduler=scheduler):
                 done += len(job.sessions)
                 report(done, len(sessions))
             parts = StoreParts.from_shards(shards, partial) + StoreParts.from_source(cohort)
@@ -170,7 +171,7 @@ def _sessions_to_repair(folder: StoreFolder) -> set[SessionKey]:
     """Sessions with changed or lost bytes, and sessions with a refused file, which may be readable now."""
     store = Store([folder], folder.table)
     tables = store.sessions.iloc[store.damaged_sessions()], store.rejected
-    return {key for table in tables for key in zip(table["subject"], table["session"], strict=True)}
+    return {key for table in tables for key in session_keys(table)}
 
 
 def _with_hooks(preprocessing: Preprocessing, hooks: Sequence[Hook], hooks_done: bool) -> Preprocessing:

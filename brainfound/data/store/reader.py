@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int, Num
 from numpy.typing import DTypeLike
 
-from brainfound.data.cohort import require_column
 from brainfound.data.preprocessing.session import FURTHER_SCAN_REASON, NOT_IN_COHORT_REASON
-from brainfound.data.preprocessing.stack import Stack, positions_mm
-from brainfound.data.store.folder import SessionTable, StoreFolder, compute_hashes, content_hash, plain_value
+from brainfound.data.preprocessing.stack import ScanQuality, Stack, positions_mm
+from brainfound.data.sources.tables import SessionKey, is_missing
+from brainfound.data.store.folder import SessionTable, StoreFolder, compute_hashes, content_hash, session_keys
 from brainfound.data.store.slice_files import SliceFiles
-from brainfound.errors import StoreError
+from brainfound.errors import StoreError, UsageError, did_you_mean
 
-_QUALITY_NUMBERS = {
-    *("foreground_ml", "intensity_low", "intensity_high", "minimum", "maximum", "overlap", "cropped", "num_slices")
-}
+_QUALITY_NUMBERS = {field.name for field in fields(ScanQuality) if field.type in ("int", "float")}
 
 
 class StoreReader:
@@ -78,7 +77,7 @@ class StoreReader:
             native_shape=(x, y, z),
             native_affine=np.array(table.native_affine[index]),
             mask=self.read_masks(index),
-            covariates={name: plain_value(row[name]) for name in table.covariates},
+            covariates={name: _plain_value(row[name]) for name in table.covariates},
             subject=row["subject"],
             session=row["session"],
         )
@@ -149,7 +148,9 @@ class StoreReader:
 
     def covariate(self, name: str) -> pd.Series:
         """One covariate of every session; the UsageError for an unknown name suggests the nearest one."""
-        require_column(self.covariates, name, where=f"store {self.path.name}")
+        if name not in self.covariates:
+            where, remedy = f"store {self.path.name}", did_you_mean(name, self.covariates)
+            raise UsageError(f"no column {name!r}", where=where, remedy=remedy)
         return self.sessions[name]
 
     @cached_property
@@ -189,7 +190,7 @@ class StoreReader:
             mine = [number for number, other in enumerate(self.folders) if other.path == folder.path]
             here = self.sessions[np.isin(self.table.origin[:, 0], mine)]
             if len(here) < len(folder.table):
-                table = select_sessions(table, set(zip(here["subject"], here["session"], strict=True)))
+                table = select_sessions(table, set(session_keys(here)))
             parts.append(table)
         return pd.concat(parts, ignore_index=True)
 
@@ -211,13 +212,19 @@ class StoreReader:
             return False
 
 
+def _plain_value(value: Any) -> Any:
+    """A value of a table as a plain Python value; None if it is missing."""
+    if is_missing(value):
+        return None
+    return value.item() if hasattr(value, "item") else value
+
+
 def refused_files(files: pd.DataFrame) -> pd.DataFrame:
     """The rows of ``rejected.tsv`` that are faulty files: not further scans, not files outside of the cohort."""
     not_faulty = (FURTHER_SCAN_REASON, NOT_IN_COHORT_REASON)
     return files[~files["reason"].astype(str).str.startswith(not_faulty)]
 
 
-def select_sessions(table: pd.DataFrame, keep: set[tuple[str, str]]) -> pd.DataFrame:
+def select_sessions(table: pd.DataFrame, keep: set[SessionKey]) -> pd.DataFrame:
     """The rows of a table whose subject and session are in ``keep``."""
-    rows = [key in keep for key in zip(table["subject"], table["session"], strict=True)]
-    return table[np.array(rows, dtype=bool)]
+    return table[np.array([key in keep for key in session_keys(table)], dtype=bool)]

@@ -6,7 +6,6 @@ Identifiers are only uploaded on request.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from brainfound.data.store.folder import SessionKey, StoreFolder, partial_path
+from brainfound.data.sources.tables import SessionKey
+from brainfound.data.store.folder import StoreFolder, partial_path, session_keys
 from brainfound.data.store.plan import (
     MAX_SHARDS,
     MIN_SESSIONS_PER_SHARD,
@@ -95,7 +95,7 @@ def _anonymous_keys(store: StoreReader) -> list[SessionKey]:
 def _quality_of_sessions(store: StoreReader, names: Sequence[SessionKey], keep_ids: bool) -> pd.DataFrame:
     quality = store.quality.copy()
     new = dict(zip(store.table.keys, names, strict=True))
-    renamed = [new[key] for key in zip(quality["subject"], quality["session"], strict=True)]
+    renamed = [new[key] for key in session_keys(quality)]
     quality["subject"] = [subject for subject, _ in renamed]
     quality["session"] = [session for _, session in renamed]
     if not keep_ids:
@@ -217,15 +217,14 @@ def stream(source: str | Path, *, revision: str | None = None, token: str | None
 
     folder = Path(source)
     if folder.is_dir():
-        StoreFolder(folder)  # refuses a folder that is not a store
-        state = json.loads((folder / "slices" / "state.json").read_text(encoding="utf-8"))
-        files = [str(folder / "slices" / entry["filename"]) for entry in state["_data_files"]]
+        store = StoreFolder(folder)
+        files = [str(folder / "slices" / name) for name in store.table.files]
         rows = load_dataset("arrow", data_files=files, split="train", streaming=True)
     else:
         small_files = ["store.json", "preprocessing.json", "sessions.arrow"]
         folder = download(str(source), revision=revision, token=token, files=small_files)
         rows = _stream_from_hub(str(source), revision, token)
-    store = StoreFolder(folder)
+        store = StoreFolder(folder)
     table, preprocessing = store.table, store.preprocessing
     index = {key: place for place, key in enumerate(table.keys)}
     shape = (len(preprocessing.contrasts), *preprocessing.size)

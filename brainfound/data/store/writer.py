@@ -22,11 +22,11 @@ from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing.session import NOT_IN_COHORT_REASON, PreparedSession, UnusedFile, prepare_session
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import ScanQuality, Stack
-from brainfound.data.sources.tables import read_json
+from brainfound.data.sources.tables import SessionKey, read_json
 from brainfound.data.store.contact_sheet import write_contact_sheet
 from brainfound.data.store.folder import (
+    BASE_COLUMNS,
     SCHEMA_VERSION,
-    SessionKey,
     SessionTable,
     StoreFolder,
     compute_hashes,
@@ -178,7 +178,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def _stored_row(store: StoreReader, index: int) -> dict[str, Any]:
     """A session's row with its place on disk, without reading its slices."""
     table, row = store.table, store.sessions.iloc[index]
-    columns = ("subject", "session", "num_slices", "mask_dtype", "image_hash", "content_hash")
+    columns = [name for name in BASE_COLUMNS if name != "first_row"]
     arrays = ("present", "affine", "native_shape", "native_affine")
     return {
         **{name: row[name] for name in columns},

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from brainfound.data.augmentation import IntensityPlan, IntensityRecipe, vary_intensity
-from brainfound.data.augmentation.intensity import add_noise, bias_fields, random_coefficients
+from brainfound.data.augmentation import IntensityRecipe, vary_intensity
+from brainfound.data.augmentation.intensity import IntensityPlan, add_noise, bias_fields, random_coefficients
 from brainfound.data.augmentation.transforms import random_selection
 
 OFF = {f"{effect}_probability": 0.0 for effect in ("gamma", "contrast", "blur", "noise")}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import fft, ndimage
 from scipy.interpolate import BSpline
 
-from brainfound.data.augmentation import ViewsRecipe, random_affine, sample_crops
+from brainfound.data.augmentation import ViewsRecipe, random_affine
 from brainfound.data.augmentation.transforms import (
     MAX_DISPLACEMENT,
     displacement_field,
@@ -23,6 +23,7 @@ from brainfound.data.augmentation.transforms import (
     kspace_hann_weights,
     kspace_truncation_weights,
     random_control_points,
+    sample_crops,
 )
 
 

@@ -7,14 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainfound.data.augmentation import (
-    IntensityRecipe,
-    MultiCrop,
-    ViewsRecipe,
-    contrast_masks,
-    drop_contrasts,
-    intensity,
-)
+from brainfound.data.augmentation import IntensityRecipe, MultiCrop, ViewsRecipe, drop_contrasts, intensity
+from brainfound.data.augmentation.views import contrast_masks
 from brainfound.errors import RecipeError
 
 PLAIN = {"gamma_probability": 0.0, "contrast_probability": 0.0, "noise_probability": 0.0, "blur_probability": 0.0}

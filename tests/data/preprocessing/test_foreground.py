@@ -10,7 +10,6 @@ from scipy import ndimage
 
 from brainfound.data.preprocessing.foreground import _block_means_3d, _constant_background, foreground
 from brainfound.data.preprocessing.grids import bounding_box
-from brainfound.data.reading.scan import Scan
 
 
 def plain_background(data: np.ndarray) -> float | None:
@@ -52,7 +51,7 @@ def test_the_head_is_found_in_air_and_in_an_exact_background(head, centred, nois
     shape, affine = (60, 70, 50), centred((60, 70, 50), np.eye(3) * 2)
     image = head.image(shape, affine, noise=noise)
     truth = head.image(shape, affine) > 0
-    found = foreground(Scan(image, affine, shape, affine))
+    found = foreground(image, affine)
     if noise:
         # Coarse, and never less than the head: the border of air belongs to it.
         assert (found & truth).sum() > 0.99 * truth.sum()
@@ -73,6 +72,6 @@ def test_air_that_was_padded_with_zeros_is_not_the_head(head, centred):
     padded = np.zeros_like(image)
     padded[4:-4, 4:-4, 4:-4] = image[4:-4, 4:-4, 4:-4]
     assert _constant_background(padded) == 0
-    found = foreground(Scan(padded, affine, shape, affine))
+    found = foreground(padded, affine)
     assert (found & truth).sum() > 0.99 * truth.sum()
     assert found.sum() < 1.5 * truth.sum()

@@ -38,7 +38,7 @@ def test_channels_of_nnunet_are_named_by_its_json(layout):
     }
     assert sessions["tum_10"].masks["mask"].name == "tum_10.nii.gz"
     assert not sessions["tum_11"].masks
-    assert [reason for _, reason in cohort.unused] == ["no known contrast (CT, says dataset.json)"] * 2
+    assert [reason for _, reason in cohort.unused] == ["no known contrast (CT in dataset.json)"] * 2
     assert any("1 edema, 2 core" in note for note in cohort.notes)
 
 
