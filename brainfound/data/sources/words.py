@@ -192,13 +192,15 @@ def _read_entities(contrast: str, texts: Sequence[str]) -> Reading:
         word for text in texts for word in re.findall(r"[A-Z]?[a-z]+\d?(?![a-z])|[A-Z]+\d?(?![a-z])|[a-z]+|\d+", text)
     ]
     items = _find_items([word.lower() for word in words], frozenset())
+    # In a diffusion scan, "dir" means directions.
+    refused = _BIDS_REFUSED - ({"no structural contrast"} if contrast == "DWI" else set())
     for text in map(str.lower, texts):
         kind = "a map" if text in _BIDS_REFUSED_MAPS else _TABLE.get((text,), ("",))[0]
-        if kind in _BIDS_REFUSED or text in _BIDS_REFUSED_MAPS:
+        if kind in refused or text in _BIDS_REFUSED_MAPS:
             return Reading(UNKNOWN, kind)
     for item in items:
         is_diffusion_map = contrast == "DWI" and item.text in ("fa", "b0")
-        if item.kind in _BIDS_REFUSED or item.text in _BIDS_REFUSED_MAPS or is_diffusion_map:
+        if item.kind in refused or item.text in _BIDS_REFUSED_MAPS or is_diffusion_map:
             return Reading(UNKNOWN, item.kind)
     kept = ("contrast", "agent", "no agent", "inversion")
     reading = _read(

@@ -85,6 +85,7 @@ def test_words_of_file_names(names, expected):
         ("sub-1_desc-subtraction_T1w", "unknown"),
         ("sub-1_desc-preproc_T1w", "T1w"),
         ("sub-1_acq-R2_T1w", "T1w"),
+        ("sub-1_acq-NODDI33DIR_dwi", "DWI"),
     ],
 )
 def test_entities_of_bids_names(name, expected):
