@@ -31,10 +31,8 @@ from brainfound.experiments.folder import (
     SUMMARY_FILE,
     compute_spread,
     describe_data,
-    get_baselines,
     get_score_columns,
-    make_baseline_columns,
-    parse_scores,
+    make_score_columns,
     summarise_runs,
     to_json_records,
 )
@@ -117,7 +115,6 @@ def write_evaluation(
 
 def _row(result: SessionScores, store: Store) -> dict[str, Any]:
     content = result.to_dict()
-    scores = parse_scores(content["scores"])
     contrasts = [name for name in store.shown if name not in result.without]
     return {
         "contrasts": ", ".join(contrasts),
@@ -125,8 +122,7 @@ def _row(result: SessionScores, store: Store) -> dict[str, Any]:
         "fold": "",
         "seed": 0,
         "num_test": content["num_sessions"],
-        **scores,
-        **make_baseline_columns(get_baselines(content), list(scores)),
+        **make_score_columns(content),
     }
 
 
