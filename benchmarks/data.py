@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rounds import THREAD_VARIABLES, figure, machine_facts, use_one_core
+from rounds import THREAD_VARIABLES, Table, figure, machine_facts, say, use_one_core
 
 SECTIONS = ("reading", "prepare", "memory")
 WORKER_CASES = {
@@ -121,22 +121,10 @@ def time_sections(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
-
-
 def table(result: dict[str, Any]) -> str:
-    """What was measured against the targets, as Markdown; what has no target of its own is shown beside it."""
-    lines = ["| what | measured | target | met |", "|---|---|---|---|"]
-
-    def row(what: str, value: float, at_least: float | None = None, at_most: float | None = None) -> None:
-        target, met = "", ""
-        if at_least is not None:
-            target, met = f"≥ {at_least:,g}", "yes" if value >= at_least else "no"
-        elif at_most is not None:
-            target, met = f"≤ {at_most:,g}", "yes" if value <= at_most else "no"
-        lines.append(f"| {what} | {value:,} | {target} | {met} |")
-
+    """The measurements with their targets, as Markdown; some have no target."""
+    rows = Table()
+    row = rows.row
     if "reading" in result:
         reading = result["reading"]
         over = reading["store_over"]
@@ -159,7 +147,7 @@ def table(result: dict[str, Any]) -> str:
         for name, case in result["memory"]["worker"].items():
             row(f"one worker, {name}: float32 volumes above imports", case["volumes_above_imports"], at_most=8)
             row(f"one worker, {name}: float32 volumes in all", case["volumes_with_imports"])
-    return "\n".join(lines)
+    return "\n".join(rows.lines)
 
 
 if __name__ == "__main__":
