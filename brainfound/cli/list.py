@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _MAX_VALUES = 12
 KINDS = ("recipes", "adapters", "contrasts", "cohort")
+_COUNTED_COLUMNS = ("sex", "site", "diagnosis", "label", "field_strength_t", "manufacturer", "scanner")
 
 
 def list_(
@@ -111,7 +112,7 @@ def summarise_cohort(cohort: Cohort) -> dict[str, Any]:
         "sessions_without_age": len(sessions) - len(ages),
         "label_maps": dict(Counter(column for session in sessions for column in session.masks)),
     }
-    for column in ("sex", "site", "diagnosis", "label", "field_strength_t", "manufacturer", "scanner"):
+    for column in _COUNTED_COLUMNS:
         known = _known(sessions, column)
         if known:
             summary[column] = dict(Counter(str(value) for value in known).most_common())
@@ -129,22 +130,17 @@ def _known(sessions: list[Session], column: str) -> list[Any]:
 
 def session_rows(cohort: Cohort) -> list[dict[str, Any]]:
     """One row per session, with names."""
-    rows = []
-    for session in cohort.sessions():
-        age = session.covariates.get("age_years")
-        rows.append(
-            {
-                "subject": session.subject,
-                "session": session.session,
-                "contrasts": sorted(session.scans),
-                "further_scans": len(session.extra_scans) or None,
-                "age_years": age,
-                "sex": session.covariates.get("sex"),
-                "site": session.covariates.get("site"),
-                "label_maps": list(session.masks),
-            }
-        )
-    return rows
+    return [
+        {
+            "subject": session.subject,
+            "session": session.session,
+            "contrasts": sorted(session.scans),
+            "further_scans": len(session.extra_scans) or None,
+            **{column: session.covariates.get(column) for column in ("age_years", "sex", "site")},
+            "label_maps": list(session.masks),
+        }
+        for session in cohort.sessions()
+    ]
 
 
 def _lines(summary: dict[str, Any]) -> list[str]:
@@ -165,7 +161,7 @@ def _lines(summary: dict[str, Any]) -> list[str]:
         ("age", known + (f", {count_noun(missing, 'session')} without" if ages and missing else "")),
         ("label maps", _counts(summary["label_maps"]) or "none"),
     ]
-    for column in ("sex", "site", "diagnosis", "label", "field_strength_t", "manufacturer", "scanner"):
+    for column in _COUNTED_COLUMNS:
         if column in summary:
             lines.append((column, _counts(summary[column])))
     total = sum(summary["unused"].values())

@@ -178,6 +178,8 @@ def evaluate(
     Raises:
         ModelError: the model has no head. UsageError: no session is left to score, or ``out`` holds something else.
     """
+    if part not in PARTS:
+        raise UsageError("a split has no such part", where="--part", got=part, expected=", ".join(PARTS))
     if out is not None:
         require_writable(Path(out))
     store = data if isinstance(data, Store) else Store.open(data)
@@ -189,8 +191,6 @@ def evaluate(
         raise ModelError("an encoder has nothing to be scored on", where=model, remedy="Fine-tune it first")
     scoring = _scoring(bundle, target, surface_mm, empty)
     require_same_preprocessing(predictor, store)
-    if part not in PARTS:
-        raise UsageError(f"a split has no part {part!r}", expected=", ".join(PARTS))
     store = restrict_contrasts(store, predictor.input_contrasts)
     # A bundle that was not made by a run has no split.
     split, labelled = bundle.metadata.get("split"), TargetColumn.find(store, target.column).labelled

@@ -17,6 +17,7 @@ import numpy as np
 
 from brainfound.data.checking.rules import Level
 from brainfound.errors import UsageError
+from brainfound.training.checkpoint import write_atomically
 
 
 def voxel_mm3(image: nib.Nifti1Image) -> float:
@@ -41,10 +42,7 @@ def write_image(image: nib.Nifti1Image, path: Path) -> None:
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write a JSON file atomically."""
-    temporary = path.with_name("." + path.name)
-    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 _MAX_NAME_BYTES = 200

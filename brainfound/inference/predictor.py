@@ -184,17 +184,9 @@ class Predictor:
     ) -> Explanation:
         """Explanation maps of a session that `prepare` has read."""
         ready = self._restrict(ready)
-        return explain_stack(
-            self.model,
-            ready.stack,
-            self.target,
-            self.num_slices,
-            method,
-            class_name,
-            notes=ready.notes,
-            rejected=ready.rejected,
-            input_level=ready.level,
-            name=ready.name,
+        explanation = explain_stack(self.model, ready.stack, self.target, self.num_slices, method, class_name)
+        return replace(
+            explanation, notes=ready.notes, rejected=ready.rejected, input_level=ready.level, name=ready.name
         )
 
     def explain_stack(
