@@ -61,7 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     if "prepare" in options.only and missing:
         sys.exit(f"--only prepare: {' and '.join(missing)} missing; benchmarks/README.md says how to install them")
     started = time.perf_counter()
-    result: dict[str, Any] = {"machine": machine_facts(), "settings": settings(options)}
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "work")}
+    result: dict[str, Any] = {"machine": machine_facts(), "settings": settings}
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:
         # Memory first: its stores are written on all cores, before the process is bound to one.
         if "memory" in options.only:
@@ -76,10 +77,6 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         print(text)
     print(table(result))
-
-
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if name not in ("out", "work")}
 
 
 def memory_section(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
