@@ -75,7 +75,7 @@ def _list_cohort(path: Path | None, *, sessions: bool, as_json: bool) -> None:
     from brainfound.data.cohort import Cohort
 
     if path is None:
-        raise UsageError("which cohort?", remedy="Give its path: brainfound list cohort PATH")
+        raise UsageError("the path of the cohort is missing", remedy="Write brainfound list cohort PATH")
     with tempfile.TemporaryDirectory() as work:  # for converted DICOM
         cohort = Cohort.read(path, work=Path(work) / "converted")
         summary = summarise_cohort(cohort)
@@ -146,7 +146,7 @@ def session_rows(cohort: Cohort) -> list[dict[str, Any]]:
 def _lines(summary: dict[str, Any]) -> list[str]:
     from brainfound.data.sources.tables import count_noun
 
-    ages, missing = summary["age_years"], summary["sessions_without_age"]
+    ages, missing, further = summary["age_years"], summary["sessions_without_age"], summary["num_further_scans"]
     known = f"{ages['min']:g}–{ages['max']:g} years, median {ages['median']:g}" if ages else "not known"
     lines = [
         ("layout", summary["layout"]),
@@ -157,7 +157,7 @@ def _lines(summary: dict[str, Any]) -> list[str]:
         ),
         ("scans", _counts(summary["scans_of_contrast"])),
         ("sessions with", _counts(summary["sessions_with"])),
-        ("further scans", f"{summary['num_further_scans']} of a contrast that is there already"),
+        *([("further scans", f"{further} of a contrast that is there already")] if further else []),
         ("age", known + (f", {count_noun(missing, 'session')} without" if ages and missing else "")),
         ("label maps", _counts(summary["label_maps"]) or "none"),
     ]
@@ -168,7 +168,7 @@ def _lines(summary: dict[str, Any]) -> list[str]:
     lines.append(("files not used", f"{total}" if total else "none"))
     lines += [("", f"{count} × {reason}") for reason, count in summary["unused"].items()]
     lines += [("note", line) for line in summary["notes"]]
-    return [f"{name:<17} {text}" for name, text in lines if not text.startswith("0 of a contrast")]
+    return [f"{name:<17} {text}" for name, text in lines]
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -118,7 +118,7 @@ def _require_new(inputs: list[str], out: Path, ending: str, overwrite: bool) -> 
     file = out / f"{_file_name(paths, contrast_paths)}{ending}"
     if file.exists():
         remedy = "Give another --out, or --overwrite"
-        raise UsageError("an answer of this name is there already", where=file, remedy=remedy)
+        raise UsageError("an answer of this name already exists", where=file, remedy=remedy)
 
 
 def is_cohort(paths: list[Path], contrast_paths: dict[str, Path]) -> bool:

@@ -188,7 +188,7 @@ def evaluate(
     predictor = load(model) if bundle is None else make_predictor(bundle, resolve_device(None))
     target = predictor.target
     if bundle is None or target is None:
-        raise ModelError("an encoder has nothing to be scored on", where=model, remedy="Fine-tune it first")
+        raise ModelError("an encoder has no answers to score", where=model, remedy="Fine-tune it first")
     scoring = _scoring(bundle, target, surface_mm, empty)
     require_same_preprocessing(predictor, store)
     store = restrict_contrasts(store, predictor.input_contrasts)
@@ -243,7 +243,7 @@ def _scoring(bundle: Bundle, task: Task, surface_mm: float | None, empty: EmptyC
     given = {name: value for name, value in {"surface_mm": surface_mm, "empty": empty}.items() if value is not None}
     if given and not task.per_voxel:
         raise UsageError(
-            "surfaces and empty masks are of a segmentation", where=next(iter(given)), got=f"a {task.kind} model"
+            "surfaces and empty masks are for segmentations", where=next(iter(given)), got=f"a {task.kind} model"
         )
     return validate(ScoringRecipe, scoring_from_bundle(bundle).model_dump() | given, where="evaluate")
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from brainfound.data.checking.rules import Level
 from brainfound.errors import UsageError
-from brainfound.training.checkpoint import write_atomically
 
 
 def voxel_mm3(image: nib.Nifti1Image) -> float:
@@ -42,7 +41,10 @@ def write_image(image: nib.Nifti1Image, path: Path) -> None:
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write a JSON file atomically."""
-    write_atomically(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    temporary = path.with_name("." + path.name)
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 _MAX_NAME_BYTES = 200
@@ -141,7 +143,7 @@ def require_new(file: Path, overwrite: bool) -> None:
     """Raise a UsageError if an answer has been written to this file before, unless it may be overwritten."""
     if file.exists() and not overwrite:
         raise UsageError(
-            "an answer of this name is there already", where=file, remedy="Give another folder or name, or overwrite"
+            "an answer of this name already exists", where=file, remedy="Give another folder or name, or overwrite"
         )
 
 

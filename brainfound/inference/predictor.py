@@ -32,8 +32,7 @@ from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
 from brainfound.data.reading.scan import Scan
 from brainfound.errors import RefusedInputError, ScanError, UsageError
-from brainfound.finetuning.tasks import Segmentation, Task, VolumeTask
-from brainfound.finetuning.tasks.base import AnswerCalibration
+from brainfound.finetuning.tasks import AnswerCalibration, Segmentation, Task, VolumeTask
 from brainfound.inference.explanation import Explanation, choose_methods, explain_stack
 from brainfound.inference.prediction import Prediction, file_name_stem
 from brainfound.inference.scans import session_from_scans
