@@ -19,18 +19,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rounds import figure, interleave, machine_facts, ratio
+from rounds import Table, figure, interleave, machine_facts, ratio, say
 from workers import Worker
 
 SECTIONS = ("lora", "cache", "predict")
 SIZES = {"vits14": (384, 12, 6), "vitb14": (768, 12, 12), "tiny": (64, 2, 2)}
-TARGETS = {
-    "lora: trained parameters of the backbone, share": ("≤", 0.02),
-    "lora: time of a step over full fine-tuning": ("≤", 0.8),
-    "lora: peak memory over full fine-tuning": ("≤", 0.7),
-    "cache: epochs of a head on kept embeddings over encoding each time, per second": ("≥", 50.0),
-    "predict: time over the backbone's forward pass on the same slices": ("≤", 1.3),
-}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -74,7 +67,7 @@ def compare_steps(options: argparse.Namespace, folder: Path, ways: dict[str, dic
 
 
 def lora(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """LoRA of rank 8 beside full fine-tuning of the same model on the same volumes."""
+    """LoRA of rank 8 against full fine-tuning of the same model on the same volumes."""
     found = compare_steps(options, folder, {"full": {"adapter": "full"}, "lora": {"adapter": "lora-r8"}})
     facts, memory, seconds = found["facts"]["lora"], found["peak_memory_gib"], found["seconds"]
     return found | {
@@ -87,6 +80,7 @@ def lora(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def cache(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Epochs of a head on a frozen backbone, by whole runs: slices read and encoded anew, and embeddings kept."""
     import torch
+    from worker_finetune import backbone_of
 
     from brainfound.data.preprocessing.settings import Preprocessing
     from brainfound.data.store.prepare import prepare
@@ -106,11 +100,8 @@ def cache(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         size=(options.image,) * 2,
     )
     store = prepare(cohort, folder / "store", preprocessing)
-    width, layers, heads = SIZES[options.model]
-    backbone = {"model_type": "dinov2", "hidden_size": width, "num_hidden_layers": layers}
-    backbone |= {"num_attention_heads": heads, "patch_size": 14, "image_size": 518}
     torch.manual_seed(0)
-    config = BrainFoundConfig(backbone_config=backbone, contrasts=contrasts)
+    config = BrainFoundConfig(backbone_config=backbone_of(SIZES[options.model]), contrasts=contrasts)
     BrainFoundModel(config).save_pretrained(folder / "model")
     common = [
         f"num_slices={options.slices}", f"engine.batch_size={options.batch}", "engine.log_every=1",
@@ -140,8 +131,9 @@ def cache(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def predict(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """A session from its files to its embedding, beside the backbone alone on the slices that it is asked about."""
+    """A session from its files to its embedding, against the backbone alone on the same slices."""
     import torch
+    from worker_finetune import backbone_of
 
     from brainfound.data.batches import collate
     from brainfound.data.cohort import Cohort
@@ -159,10 +151,8 @@ def predict(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     (session,) = Cohort.read(folder / "cohort").sessions()
     spacing = (options.spacing_mm,) * 3
     preprocessing = Preprocessing(contrasts=contrasts, spacing_mm=spacing, size=(options.image, options.image))
-    width, layers, heads = SIZES[options.predict_model]
-    backbone = {"model_type": "dinov2", "hidden_size": width, "num_hidden_layers": layers}
-    backbone |= {"num_attention_heads": heads, "patch_size": 14, "image_size": 518}
-    model = BrainFoundModel(BrainFoundConfig(backbone_config=backbone, contrasts=contrasts)).eval()
+    config = BrainFoundConfig(backbone_config=backbone_of(SIZES[options.predict_model]), contrasts=contrasts)
+    model = BrainFoundModel(config).eval()
     predictor = Predictor(model, preprocessing)
     stack = prepare_session(session, preprocessing).stack
     assert stack is not None
@@ -183,33 +173,21 @@ def predict(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def figures(result: dict[str, Any]) -> dict[str, float]:
-    """What the targets are held against, of the sections that were run."""
-    values = {}
+def table(result: dict[str, Any]) -> str:
+    """The measurements with their targets, as Markdown, of the sections that were run."""
+    rows = Table()
     if "lora" in result:
         found = result["lora"]
-        values |= {
-            "lora: trained parameters of the backbone, share": found["trained_share"],
-            "lora: time of a step over full fine-tuning": found["time_over_full"]["median"],
-            "lora: peak memory over full fine-tuning": found["memory_over_full"],
-        }
+        rows.row("lora: trained parameters of the backbone, share", found["trained_share"], at_most=0.02)
+        rows.row("lora: time of a step over full fine-tuning", found["time_over_full"]["median"], at_most=0.8)
+        rows.row("lora: peak memory over full fine-tuning", found["memory_over_full"], at_most=0.7)
     if "cache" in result:
         name = "cache: epochs of a head on kept embeddings over encoding each time, per second"
-        values[name] = result["cache"]["rate_over_encoding"]["median"]
+        rows.row(name, result["cache"]["rate_over_encoding"]["median"], at_least=50)
     if "predict" in result:
         name = "predict: time over the backbone's forward pass on the same slices"
-        values[name] = result["predict"]["time_over_forward"]["median"]
-    return values
-
-
-def table(result: dict[str, Any]) -> str:
-    """The figures beside their targets."""
-    lines = ["| what | measured | target | met |", "|---|---|---|---|"]
-    for name, value in figures(result).items():
-        sign, target = TARGETS[name]
-        met = value <= target if sign == "≤" else value >= target
-        lines.append(f"| {name} | {value:g} | {sign} {target:g} | {'yes' if met else 'no'} |")
-    return "\n".join(lines)
+        rows.row(name, result["predict"]["time_over_forward"]["median"], at_most=1.3)
+    return "\n".join(rows.lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -219,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     result: dict[str, Any] = {"machine": machine_facts(), "settings": settings}
     started = time.perf_counter()
     for name in options.only.split(","):
-        print(f"section {name}", file=sys.stderr)
+        say(f"section {name}")
         with tempfile.TemporaryDirectory() as folder:
             result[name] = {"lora": lora, "cache": cache, "predict": predict}[name](options, Path(folder))
     result["minutes"] = figure((time.perf_counter() - started) / 60)

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rounds import THREAD_VARIABLES, figure, machine_facts
+from rounds import figure, machine_facts, say, use_one_thread
 
 FIELD_OF_VIEW_MM = 200.0
 OWN, PAINTED = "the phantom's own geometry", "painted on label maps"
@@ -27,7 +25,7 @@ OWN, PAINTED = "the phantom's own geometry", "painted on label maps"
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for what is made; kept and used again")
+    parser.add_argument("--work", type=Path, required=True, help="folder for data and runs; kept and reused")
     parser.add_argument("--out", type=Path, help="file for the JSON")
     parser.add_argument("--picture", type=Path, help="file for the probe curves; default: WORK/probes.png")
     parser.add_argument("--label-maps", type=Path, help="FreeSurfer-numbered volumes; without them one cohort only")
@@ -68,9 +66,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    os.environ.update(THREAD_VARIABLES, HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
-    if options.init is None:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    use_one_thread(offline=options.init is None)
     started = time.perf_counter()
     result = {"machine": machine_facts(), "settings": {k: str(v) if isinstance(v, Path) else v
                                                        for k, v in vars(options).items()}}  # fmt: skip
@@ -91,9 +87,12 @@ class Experiment:
 
     def __init__(self, options: argparse.Namespace) -> None:
         from continued_runs import Sizes
+        from shifted_cohorts import CONTRASTS
+
+        from brainfound.models.loading import read_patch_size
 
         self.options, self.work = options, options.work
-        patch_size = options.patch_size if options.init is None else _patch_size_of(options.init)
+        patch_size = options.patch_size if options.init is None else read_patch_size(options.init, CONTRASTS)
         of_slice, of_global, of_local = options.patches
         self.side = of_slice * patch_size
         self.sizes = Sizes(
@@ -106,9 +105,9 @@ class Experiment:
     def run(self) -> dict[str, Any]:
         cohorts: dict[str, Path | None] = {OWN: None}
         if self.options.label_maps is None:
-            print(f"no --label-maps: the cohort {PAINTED} is left out", file=sys.stderr)
+            say(f"no --label-maps: the cohort {PAINTED} is left out")
         elif not self.options.label_maps.is_dir():
-            print(f"--label-maps is no folder: the cohort {PAINTED} is left out", file=sys.stderr)
+            say(f"--label-maps is no folder: the cohort {PAINTED} is left out")
         else:
             cohorts[PAINTED] = self.options.label_maps
         stores = {name: self._timed(f"data, {name}", lambda maps=maps: self._stores(maps))
@@ -123,7 +122,7 @@ class Experiment:
         started = time.perf_counter()
         made = work()
         self.seconds[what] = figure(time.perf_counter() - started)
-        print(f"{what}: {self.seconds[what]:.0f} s", file=sys.stderr, flush=True)
+        say(f"{what}: {self.seconds[what]:.0f} s")
         return made
 
     def preprocessing(self) -> Any:
@@ -242,13 +241,6 @@ class Experiment:
         return {}
 
 
-def _patch_size_of(init: str) -> int:
-    from transformers import PreTrainedConfig
-
-    content, _ = PreTrainedConfig.get_config_dict(init)
-    return int(content.get("backbone_config", content)["patch_size"])
-
-
 def table(result: dict[str, Any]) -> str:
     """Scores, gains and the runs' ends, as Markdown."""
     lines = []
@@ -271,7 +263,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _furthest(run: dict[str, Any], num: int = 3) -> list[tuple[str, str]]:
-    """The watched probes that fell furthest from the first look to the last."""
+    """The retention probes that fell furthest from the first look to the last."""
     ends = {name: (of["scores"][0], of["scores"][-1]) for name, of in run["watched"].items()}
     falls = {name: last - first for name, (first, last) in ends.items() if last is not None}  # None: not finite
     return [

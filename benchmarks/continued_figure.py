@@ -42,7 +42,7 @@ def draw_probes(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], f
 
 
 def _probe_names(kinds: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """The probe's target, and what every run watched."""
+    """The probe's target, and the retention probes that every run has."""
     runs = [run for of_kind in kinds.values() for run in of_kind]
     return ["", *(name for name in runs[0]["watched"] if all(name in run["watched"] for run in runs))]
 

@@ -1,7 +1,6 @@
 """The pretraining runs of the benchmark: a start that has seen no brains, the safe ladder, deliberately bad settings.
 
-Every run is `brainfound.pretrain` with a recipe; finished runs are reused, and interrupted ones are
-resumed.
+Every run is `brainfound.pretrain` with a recipe; finished runs are reused, and interrupted ones are resumed.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ UPSTREAM_LR = 4e-3
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run is made of besides its data; in patches, so that it fits any patch size."""
+    """The sizes of a run; in patches, so that they fit any patch size."""
 
     patch_size: int
     width: int
@@ -161,7 +160,7 @@ def _finished(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """How a run went: its end, the probe of its teacher, the watched probes, its lr, and the last gauges."""
+    """How a run went: its end, the probe of its teacher, the retention probes, its lr, and the last gauges."""
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     probes = [line for line in lines if "probe" in line]

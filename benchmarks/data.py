@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rounds import THREAD_VARIABLES, figure, machine_facts, use_one_core
+from rounds import THREAD_VARIABLES, Table, figure, machine_facts, say, use_one_core
 
 SECTIONS = ("reading", "prepare", "memory")
 WORKER_CASES = {
@@ -61,7 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     if "prepare" in options.only and missing:
         sys.exit(f"--only prepare: {' and '.join(missing)} missing; benchmarks/README.md says how to install them")
     started = time.perf_counter()
-    result: dict[str, Any] = {"machine": machine_facts(), "settings": settings(options)}
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "work")}
+    result: dict[str, Any] = {"machine": machine_facts(), "settings": settings}
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:
         # Memory first: its stores are written on all cores, before the process is bound to one.
         if "memory" in options.only:
@@ -76,10 +77,6 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         print(text)
     print(table(result))
-
-
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if name not in ("out", "work")}
 
 
 def memory_section(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -121,22 +118,10 @@ def time_sections(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
-
-
 def table(result: dict[str, Any]) -> str:
-    """What was measured against the targets, as Markdown; what has no target of its own is shown beside it."""
-    lines = ["| what | measured | target | met |", "|---|---|---|---|"]
-
-    def row(what: str, value: float, at_least: float | None = None, at_most: float | None = None) -> None:
-        target, met = "", ""
-        if at_least is not None:
-            target, met = f"≥ {at_least:,g}", "yes" if value >= at_least else "no"
-        elif at_most is not None:
-            target, met = f"≤ {at_most:,g}", "yes" if value <= at_most else "no"
-        lines.append(f"| {what} | {value:,} | {target} | {met} |")
-
+    """The measurements with their targets, as Markdown; some have no target."""
+    rows = Table()
+    row = rows.row
     if "reading" in result:
         reading = result["reading"]
         over = reading["store_over"]
@@ -159,7 +144,7 @@ def table(result: dict[str, Any]) -> str:
         for name, case in result["memory"]["worker"].items():
             row(f"one worker, {name}: float32 volumes above imports", case["volumes_above_imports"], at_most=8)
             row(f"one worker, {name}: float32 volumes in all", case["volumes_with_imports"])
-    return "\n".join(lines)
+    return "\n".join(rows.lines)
 
 
 if __name__ == "__main__":

@@ -36,14 +36,14 @@ _SEED = 20_106
 
 @dataclass(frozen=True)
 class Outcome:
-    """What each subject got, in the order of the store."""
+    """The scores of each subject, in the order of the store."""
 
     age_error_years: np.ndarray
     """(N,) absolute error of the predicted age."""
     diagnosis_score: np.ndarray
     """(N,) predicted probability of being ill."""
     patch_accuracy: np.ndarray
-    """(N,) share of the subject's patches whose tissue was told."""
+    """(N,) share of the subject's patches whose tissue was predicted."""
 
     def save(self, file: object) -> None:
         np.savez(file, **vars(self))
@@ -102,7 +102,7 @@ class FrozenProbes:
         sessions, patches = [], []
         for session in range(len(self.store)):
             encoding = self._encode(encoder, session, SLICES)
-            # What DINOv2's linear evaluation looks at: the CLS token beside the mean patch token.
+            # The features of DINOv2's linear evaluation: the CLS token and the mean patch token.
             sessions.append(np.concatenate([encoding.cls.mean(0).numpy(), encoding.patches.mean((0, 1)).numpy()]))
             tokens = self._encode(encoder, session, PATCH_SLICES).patches.numpy()
             patches.extend(of[chosen] for of, chosen in zip(tokens, self.patches[session], strict=True))
@@ -150,7 +150,7 @@ class FrozenProbes:
             return model.fit(features[train], self.ill[train]).predict_proba(features[test])[:, 1]
 
     def trivial(self) -> Outcome:
-        """What is known without an image: the mean age, no opinion on illness, the most frequent tissue."""
+        """The answer without an image: the mean age, even odds of illness, the most frequent tissue."""
         num = len(self.ages)
         errors = np.zeros((REPEATS, num))
         for repeat, folds in enumerate(self.repeats):

@@ -9,12 +9,11 @@ at two further sites, and none is probed. The result: which runs the guard stops
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from typing import Any
 
 from continued import Experiment, parse
-from rounds import THREAD_VARIABLES, machine_facts
+from rounds import machine_facts, use_one_thread
 
 SITES, COHORT_SEED = ("site-6", "site-7"), 104
 HIGH_RATE = ("optim.lr=0.05", "optim.layer_decay=1.0", "optim.patch_embed_scale=1.0")
@@ -24,9 +23,7 @@ BAD = ("settings of dinov2#204", "masked autoencoding, high rate")
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    os.environ.update(THREAD_VARIABLES, HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
-    if options.init is None:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    use_one_thread(offline=options.init is None)
     found = {"machine": machine_facts(), "runs": measure(options)}
     if options.out:
         options.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -92,7 +92,7 @@ class StepProducts(TorchDispatchMode):
 
 def _product(name: str, args: tuple[Any, ...], out: Tensor) -> Product:
     packet = getattr(torch.ops.aten, name)
-    # Outputs are allocated beforehand: run alone, a product shall not wait for fresh pages of memory.
+    # Outputs are allocated beforehand: run alone, a product must not wait for fresh pages of memory.
     return Product(packet.out, _specs(args), TensorSpec.of(out, "out"), flop_registry[packet](*args, out_val=out))
 
 

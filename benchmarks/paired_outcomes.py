@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from frozen_probes import Outcome
-from rounds import figure
+from rounds import ends_of, figure
 
 from brainfound.metrics import auroc
 from brainfound.metrics.statistics import bootstrap_interval, paired_permutation_test
@@ -42,7 +42,7 @@ def score(outcomes: Sequence[Outcome], ill: np.ndarray) -> dict[str, Any]:
         values, metric = _per_subject(outcomes, measure), _metric(measure)
         interval = bootstrap_interval(metric, ill, values, num_resamples=1000)
         runs = [figure(metric(ill, values[:, [run]])) for run in range(values.shape[1])]
-        found[measure] = {"mean": figure(interval.estimate), "interval": _ends(interval), "runs": runs}
+        found[measure] = {"mean": figure(interval.estimate), "interval": ends_of(interval), "runs": runs}
     return found
 
 
@@ -51,7 +51,7 @@ def compare(
 ) -> dict[str, Any]:
     """Each measure: the gain of `after` over `before` (positive is better), its interval, and a two-sided p.
 
-    A single outcome before is compared with each run after it. Subjects are what is exchanged and resampled.
+    A single outcome before is compared with each run after it. Subjects are exchanged and resampled.
     """
     found: dict[str, Any] = {}
     for measure in MEASURES:
@@ -65,9 +65,5 @@ def compare(
             ill, new, old, num_resamples=1000,
         )  # fmt: skip
         p = paired_permutation_test(new, old, lambda values, metric=metric: metric(ill, values), permutations)
-        found[measure] = {"gain": figure(interval.estimate), "interval": _ends(interval), "p": figure(p)}
+        found[measure] = {"gain": figure(interval.estimate), "interval": ends_of(interval), "p": figure(p)}
     return found
-
-
-def _ends(interval: Any) -> list[float]:
-    return [figure(interval.low), figure(interval.high)]

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rounds import figure, keep
-from shifted_runs import TASKS, Ways, ends_of, finish, metric_of, recipe_of, run, shared_options, subject_values
+from rounds import ends_of, figure, keep
+from shifted_runs import TASKS, Ways, finish, metric_of, recipe_of, run, shared_options, subject_values
 
 WITH, WITHOUT = "contrast dropout", "none"
 GAIN = "dropout over none, a contrast missing"

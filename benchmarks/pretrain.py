@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rounds import figure, machine_facts
+from rounds import Table, figure, machine_facts
 
 SECTIONS = ("steps", "depth", "sinkhorn", "anchor", "wait", "breakdown", "gpu")
 DEFAULT_SECTIONS = ("steps", "depth", "anchor", "wait", "breakdown", "gpu")
@@ -96,26 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(result))
 
 
-class Table:
-    """Rows of Markdown."""
-
-    def __init__(self) -> None:
-        self.lines = ["| what | measured | target | met |", "|---|---|---|---|"]
-
-    def row(
-        self, what: str, value: float | None, at_least: float | None = None, at_most: float | None = None, why: str = ""
-    ) -> None:
-        target, met = "", ""
-        if at_least is not None:
-            target, met = f"≥ {at_least:,g}", "yes" if value is not None and value >= at_least else "no"
-        elif at_most is not None:
-            target, met = f"≤ {at_most:,g}", "yes" if value is not None and value <= at_most else "no"
-        shown = f"{value:,}" if value is not None else f"not measured: {why}"
-        self.lines.append(f"| {what} | {shown} | {target} | {met if value is not None else ''} |")
-
-
 def table(result: dict[str, Any]) -> str:
-    """What was measured against the targets, as Markdown; what has no target of its own is shown beside it."""
+    """The measurements with their targets, as Markdown; some have no target."""
     rows = Table()
     if "steps" in result:
         _rows_of_steps(rows, result["steps"])

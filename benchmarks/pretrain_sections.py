@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from pretrain import MODELS
-from rounds import figure, interleave, ratio
+from rounds import figure, interleave, ratio, say
 from workers import Worker
 
 from brainfound.data.preprocessing.settings import Preprocessing
@@ -33,7 +33,7 @@ STEPS_BEFORE_MEMORY = 2
 
 
 class Bench:
-    """What the sections share: options, a store, a starting checkpoint, and workers started on demand."""
+    """Shared by the sections: options, a store, a starting checkpoint, and workers started on demand."""
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.folder, self.options = folder, options
@@ -50,7 +50,7 @@ class Bench:
         self._started = 0
 
     def settings(self, **changes: Any) -> dict[str, Any]:
-        """What a worker is to train: the options, and what a section changes."""
+        """The settings of a worker: the options, with the changes of a section."""
         options = self.options
         taken = ("batch", "global_size", "local_size", "num_local", "prototypes", "hidden", "bottleneck")
         content = {name: getattr(options, name) for name in (*taken, "separate_heads", "drop_path", "set", "model")}
@@ -81,7 +81,7 @@ class Bench:
 
 
 def run_sections(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """All sections that were asked for, each with processes of its own."""
+    """The sections of --only, each with processes of its own."""
     bench = Bench(folder, options)
     result: dict[str, Any] = {
         "settings": {name: value for name, value in vars(options).items() if name not in _PLACES}
@@ -180,7 +180,7 @@ def _pair(bench: Bench, peer_changes: dict[str, Any], changes: dict[str, Any]) -
 
 
 def measure_anchor(bench: Bench) -> dict[str, Any]:
-    """What the frozen starting checkpoint costs, which is on by default and which the peer does not have."""
+    """The cost of the anchor, the frozen starting checkpoint: on by default, and absent from the peer."""
     with ExitStack() as stack:
         without = stack.enter_context(bench.ours())
         anchored = stack.enter_context(bench.ours(anchor=True))
@@ -296,7 +296,7 @@ def _step(worker: Worker) -> Callable[[], Any]:
 
 
 def first_steps(workers: Mapping[str, Worker]) -> tuple[dict[str, float], dict[str, int]]:
-    """Peak memory after plain steps, before anything else is asked of the processes; then FLOPs of one step."""
+    """Peak memory after plain steps, before any other command; then FLOPs of one step."""
     peaks, counts = {}, {}
     for name, worker in workers.items():
         for _ in range(STEPS_BEFORE_MEMORY):
@@ -344,7 +344,3 @@ def _make_checkpoint(folder: Path, model: str) -> Path:
 
 def _rounded(seconds: Mapping[str, list[float]]) -> dict[str, list[float]]:
     return {name: [figure(value) for value in values] for name, values in seconds.items()}
-
-
-def say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)

@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rounds import THREAD_VARIABLES, figure, keep, machine_facts
+from rounds import ends_of, figure, keep, machine_facts, say, use_one_thread
 
 CONTRAST = "T1w"
 TISSUES: Mapping[str, tuple[int, ...]] = {
@@ -47,7 +46,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cohort", type=Path, required=True, help="folder with manifest.tsv, scans and masks")
     parser.add_argument("--model", required=True, help="a BrainFound folder of T1w, T2w and FLAIR")
-    parser.add_argument("--work", type=Path, required=True, help="folder for what is made; kept and used again")
+    parser.add_argument("--work", type=Path, required=True, help="folder for data and runs; kept and reused")
     parser.add_argument("--out", type=Path, help="file for the JSON")
     parser.add_argument("--tasks", nargs="+", choices=tuple(TARGETS), default=list(TARGETS))
     parser.add_argument("--ways", nargs="+", choices=(LORA, FULL, NEW), default=[LORA, FULL, NEW])
@@ -61,8 +60,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every fine-tuning recipe")
     parser.add_argument("--segmenter", type=Path, help="a fine-tuning run on the tissues of simulated heads, whose "
-                        "volumes of these brains then stand beside those of the masks")  # fmt: skip
-    parser.add_argument("--unet-seconds", type=float, help="of training; default: what the first way took, all told")
+                        "volumes of these brains are then one more baseline")  # fmt: skip
+    parser.add_argument("--unet-seconds", type=float, help="of training; default: the total of the first way")
     parser.add_argument("--permutations", type=int, default=5000)
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     return parser.parse_args(arguments)
@@ -70,7 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    os.environ.update(THREAD_VARIABLES, HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
+    use_one_thread(offline=False)
     started = time.perf_counter()
     settings = {name: value for name, value in vars(options).items() if name not in ("work", "out", "cohort")}
     for name in ("model", "segmenter"):  # a machine's paths say nothing to a reader
@@ -79,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     for task in options.tasks:
         result["tasks"][task] = run_task(task, options)
         result["minutes"] = figure((time.perf_counter() - started) / 60)
-        if options.out:  # what is done is not lost
+        if options.out:  # after each task, so that a later failure loses nothing
             options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(table(result))
 
@@ -97,7 +96,7 @@ def run_task(task: str, options: argparse.Namespace) -> dict[str, Any]:
     split = make_split(store, validation=0.1, folds=options.folds, target=TARGETS[task], seed=0)
     split_file = options.work / f"{task}-split.json"
     split.save(split_file)
-    print(f"{task}: {len(store)} sessions, {store.num_slices} slices", file=sys.stderr, flush=True)
+    say(f"{task}: {len(store)} sessions, {store.num_slices} slices")
     cells = [(fold, seed) for seed in options.seeds for fold in split.folds]
     kept = options.work / f"{task}-new-weights"
     new = str(_new_weights(options.model, kept)) if NEW in options.ways else ""
@@ -267,7 +266,7 @@ def judge(
     num_sessions: int,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Scores of each way, and each beside the first: intervals and tests over subjects, runs scored each alone."""
+    """Scores of each way, compared with the first: intervals and tests over subjects; each run is scored alone."""
     from brainfound.metrics.statistics import bootstrap_interval, holm, paired_permutation_test
 
     ways = list(dict.fromkeys(way for way, _, _ in answers))
@@ -287,9 +286,6 @@ def judge(
     def mean(found: np.ndarray) -> float:
         return float(found.mean())
 
-    def ends(interval: Any) -> list[float]:
-        return [figure(interval.low), figure(interval.high)]
-
     first, sign = ways[0], -1.0 if task == "regression" else 1.0
     scores: dict[str, Any] = {}
     tested = []
@@ -297,14 +293,18 @@ def judge(
         scores[way] = {}
         for measure, of_way in by_measure.items():
             scores[way][measure] = {
-                "mean": figure(mean(of_way)), "interval": ends(bootstrap_interval(mean, of_way, num_resamples=1000)),
+                "mean": figure(mean(of_way)), "interval": ends_of(bootstrap_interval(mean, of_way, num_resamples=1000)),
                 "runs": [figure(run) for run in of_way.mean(axis=0)],
             }  # fmt: skip
         if way != first and measures[0] in by_measure:
             ours, theirs = values[first][measures[0]], by_measure[measures[0]]
             gain = bootstrap_interval(lambda a, b: sign * (mean(a) - mean(b)), ours, theirs, num_resamples=1000)
             p = paired_permutation_test(ours, theirs, mean, options.permutations)
-            scores[way]["gain of the first"] = {"mean": figure(gain.estimate), "interval": ends(gain), "p": figure(p)}
+            scores[way]["gain of the first"] = {
+                "mean": figure(gain.estimate),
+                "interval": ends_of(gain),
+                "p": figure(p),
+            }
             tested.append(scores[way]["gain of the first"])
     for gain, adjusted in zip(tested, holm([gain["p"] for gain in tested]), strict=True):
         gain["p_holm"] = figure(float(adjusted))

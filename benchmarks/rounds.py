@@ -1,4 +1,4 @@
-"""Shared by every comparison here: one core for all tools, interleaved rounds, medians of ratios, machine facts."""
+"""Shared by every comparison here: one core, interleaved rounds, ratios, machine facts, the table of targets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -45,15 +46,22 @@ def use_one_core() -> int | None:
     return core
 
 
+def use_one_thread(offline: bool) -> None:
+    """One thread per process and no progress bars of libraries, to be called before they are imported."""
+    os.environ.update(THREAD_VARIABLES, HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def interleave(
     tools: Mapping[str, Callable[[], Any]], rounds: int, timed_by_themselves: Collection[str] = ()
 ) -> dict[str, list[float]]:
     """Seconds of each tool in each round: one warm-up of all, then A B C, A B C, …
 
-    What disturbs the machine for a while disturbs neighbours in a round alike, so ratios are taken within rounds.
+    A disturbance of the machine affects neighbours in a round alike, so ratios are taken within rounds.
 
     Args:
-        timed_by_themselves: tools that prepare something first; they give back the seconds of what counts.
+        timed_by_themselves: tools that prepare something first and return the seconds that count.
     """
     for run in tools.values():
         run()
@@ -78,14 +86,18 @@ def figure(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def ends_of(interval: Any) -> list[float]:
+    """Low and high of an interval of `brainfound.metrics.statistics`."""
+    return [figure(interval.low), figure(interval.high)]
+
+
+def say(what: str) -> None:
+    """Print the next step to standard error."""
+    print(what, file=sys.stderr, flush=True)
+
+
 def machine_facts() -> dict[str, Any]:
-    """What a reader needs to place the figures; nothing that names the machine or its owner."""
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+    """Processor, memory and versions; nothing that names the machine or its owner."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": _processor(),
@@ -93,9 +105,17 @@ def machine_facts() -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {name: version_of(name) for name in _LIBRARIES},
         "load_average_before": [round(x, 2) for x in os.getloadavg()],
     }
+
+
+def version_of(name: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
@@ -115,7 +135,25 @@ def _memory_gib() -> float | None:
 
 
 def keep(file: Path, content: Any) -> None:
-    """Write what was answered, whole or not at all: a run that is cut off is not taken for a finished one."""
+    """Write answers as JSON, whole or not at all: an interrupted run is not taken for a finished one."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(content), encoding="utf-8")
     partial.rename(file)
+
+
+class Table:
+    """A table of targets in Markdown."""
+
+    def __init__(self) -> None:
+        self.lines = ["| what | measured | target | met |", "|---|---|---|---|"]
+
+    def row(
+        self, what: str, value: float | None, at_least: float | None = None, at_most: float | None = None, why: str = ""
+    ) -> None:
+        target, met = "", ""
+        if at_least is not None:
+            target, met = f"≥ {at_least:,g}", "yes" if value is not None and value >= at_least else "no"
+        elif at_most is not None:
+            target, met = f"≤ {at_most:,g}", "yes" if value is not None and value <= at_most else "no"
+        shown = f"{value:,}" if value is not None else f"not measured: {why}"
+        self.lines.append(f"| {what} | {shown} | {target} | {met if value is not None else ''} |")

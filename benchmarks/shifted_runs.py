@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rounds import THREAD_VARIABLES, figure, keep, machine_facts
+from rounds import ends_of, figure, keep, machine_facts, say, use_one_thread
 
 FIELD_OF_VIEW_MM = 200.0
 START_RECIPE = "pretrain-demo"
@@ -51,7 +49,7 @@ TASKS: Mapping[str, Task] = {
 def shared_options(doc: str) -> argparse.ArgumentParser:
     """The options that all these scripts have."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for what is made; kept and used again")
+    parser.add_argument("--work", type=Path, required=True, help="folder for data and runs; kept and reused")
     parser.add_argument("--out", type=Path, help="file for the JSON")
     parser.add_argument("--model", help="a Hub id or folder to fine-tune; default: a tiny ViT, pretrained here")
     parser.add_argument("--part", choices=("test", "development"), default="test", help="the sites that are scored")
@@ -78,10 +76,8 @@ def shared_options(doc: str) -> argparse.ArgumentParser:
 
 
 def finish(options: argparse.Namespace, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Measure, with the machine, the settings and the time beside it; written to --out."""
-    os.environ.update(THREAD_VARIABLES, HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
-    if options.model is None:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    """Measure, and add the machine, the settings and the time; written to --out."""
+    use_one_thread(offline=options.model is None)
     started = time.perf_counter()
     settings = {name: value for name, value in vars(options).items() if name not in ("work", "out")}
     if options.model is not None:
@@ -97,7 +93,7 @@ def run(options: argparse.Namespace, ways: Ways, work: Callable[..., dict[str, A
     """Data, starting point and all runs; what each makes is named after all that it depends on.
 
     Args:
-        work: what is done with each recipe; None: `train_and_score`.
+        work: trains and scores one recipe; None: `train_and_score`.
 
     Returns:
         ``found``: task → way → what each seed's run answered; ``data`` and ``seconds`` for the record.
@@ -112,7 +108,7 @@ def run(options: argparse.Namespace, ways: Ways, work: Callable[..., dict[str, A
         started = time.perf_counter()
         made = work()
         seconds[what] = figure(time.perf_counter() - started)
-        print(f"{what}: {seconds[what]:.0f} s", file=sys.stderr, flush=True)
+        say(f"{what}: {seconds[what]:.0f} s")
         return made
 
     stores = timed("data", lambda: make_stores(options))
@@ -128,8 +124,9 @@ def make_stores(options: argparse.Namespace) -> dict[str, Path]:
     from shifted_cohorts import CONTRASTS, PARTS, key_of, make_store
 
     from brainfound.data.preprocessing.settings import Preprocessing
+    from brainfound.models.loading import read_patch_size
 
-    side = options.patches * (8 if options.model is None else _patch_size_of(options.model))
+    side = options.patches * (8 if options.model is None else read_patch_size(options.model, CONTRASTS))
     pixel_mm = FIELD_OF_VIEW_MM / side
     preprocessing = Preprocessing(
         contrasts=CONTRASTS, spacing_mm=(pixel_mm, pixel_mm, options.slice_mm), size=(side, side)
@@ -144,13 +141,6 @@ def make_stores(options: argparse.Namespace) -> dict[str, Path]:
             make_store(folder, part, num, None, options.spacing_mm, preprocessing, options.workers)
             folders[part.name] = folder / "store"
     return folders
-
-
-def _patch_size_of(model: str) -> int:
-    from transformers import PreTrainedConfig
-
-    content, _ = PreTrainedConfig.get_config_dict(model)
-    return int(content.get("backbone_config", content)["patch_size"])
 
 
 def pretrain_start(options: argparse.Namespace, store: Any) -> str:
@@ -182,8 +172,8 @@ def recipe_of(
     """The project's recipe, with fewer steps, and rates higher by as much (at most tenfold).
 
     Args:
-        preset: another augmentation. Contrasts are withheld as often as the recipe withholds them: what differs is
-            what is done to images.
+        preset: another augmentation. Contrasts are withheld as often as in the recipe: only the changes of
+            images differ.
         changes: ``KEY=VALUE`` strings, of this way alone.
     """
     from brainfound.finetuning.recipe import FinetuneRecipe
@@ -287,10 +277,6 @@ def judge(
     for gain, adjusted in zip(tests, holm([gain["p"] for gain in tests]), strict=True):
         gain["p"], gain["p_holm"] = figure(gain["p"]), figure(float(adjusted))
     return judged
-
-
-def ends_of(interval: Any) -> list[float]:
-    return [figure(interval.low), figure(interval.high)]
 
 
 def subject_values(

@@ -92,7 +92,7 @@ def train(
 
 
 def score(net: nn.Module, store: Store, sessions: Sequence[int], target: Task, contrast: str) -> SessionScores:
-    """Ask about whole volumes, and score as BrainFound's runs are scored."""
+    """Predict whole volumes, and score them in the same way as BrainFound's runs."""
     channel = store.contrasts.index(contrast)
 
     @torch.inference_mode()
@@ -114,7 +114,7 @@ def _whole(store: Store, sessions: Sequence[int]) -> Any:
 
 
 def _standardised(images: Tensor) -> Tensor:
-    """(B, S, H, W): mean 0 and variance 1 over what is not background."""
+    """(B, S, H, W): mean 0 and variance 1 over the foreground."""
     head = images > 0
     count = head.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
     mean = (images * head).sum(dim=(1, 2, 3), keepdim=True) / count
@@ -123,7 +123,7 @@ def _standardised(images: Tensor) -> Tensor:
 
 
 def _crop(rng: np.random.Generator, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """The same random part of all volumes of a batch; padded where the stack is no multiple of what is halved."""
+    """The same random part of all volumes of a batch; padded to a multiple of the network's stride."""
     places = []
     for side, wanted in zip(images.shape[1:], CROP, strict=True):
         first = int(rng.integers(max(1, side - wanted + 1)))

@@ -47,7 +47,7 @@ class StepServer:
         self._watch: StepProducts | StepProfile | None = None
 
     def boundary(self) -> None:
-        """Between two steps: answer, then wait until another step is wanted."""
+        """Between two steps: answer, then wait for the next command that runs a step."""
         self._synchronise()
         seconds = time.perf_counter() - self._started
         self._stack.close()
@@ -57,12 +57,12 @@ class StepServer:
             self.command = json.loads(line) if line else {"do": "stop"}
             match self.command["do"]:
                 case "stop":
-                    # Nothing of this run is wanted: no checkpoint, no export.
+                    # At once, without a checkpoint and an export.
                     os._exit(0)
                 case "memory":
                     self._answer(peak_memory_gib())
                 case "products":
-                    # The operands are made anew and forgotten: kept, they would take memory from the other tools.
+                    # The operands are not kept: they would take memory from the other tools.
                     self._answer({"seconds": Replay(self._products).seconds(self._synchronise)})
                 case "matmul_peak":
                     self._answer({"flops_per_second": matmul_peak(self.command["side"], self._synchronise)})

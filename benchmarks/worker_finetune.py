@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from brainfound.models.infer import unwrap_peft
 from brainfound.recipes import load
 
 
-def build(settings: dict[str, Any]) -> Any:
-    """A classifier with new weights and the adapter that is asked for."""
-    width, layers, heads = settings["size"]
-    backbone = {
+def backbone_of(size: Sequence[int]) -> dict[str, Any]:
+    """The configuration of a Dinov2 with this width, number of layers and number of heads."""
+    width, layers, heads = size
+    return {
         "model_type": "dinov2",
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -30,14 +31,18 @@ def build(settings: dict[str, Any]) -> Any:
         "patch_size": 14,
         "image_size": 518,
     }
+
+
+def build(settings: dict[str, Any]) -> Any:
+    """A classifier with new weights and the adapter of the settings."""
     torch.manual_seed(0)
-    config = BrainFoundConfig(backbone_config=backbone, aggregator="attention", num_labels=2)
+    config = BrainFoundConfig(backbone_config=backbone_of(settings["size"]), aggregator="attention", num_labels=2)
     model = BrainFoundForClassification(config)
     return attach_adapter(model, load(AdapterRecipe, settings["adapter"], "adapters")).train()
 
 
 def main() -> None:
-    """Train on one batch again and again, a step for each word of the parent."""
+    """Train on one batch again and again, a step for each command of the parent."""
     settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(settings["threads"])
     server = StepServer(settings)

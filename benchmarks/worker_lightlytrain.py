@@ -9,7 +9,6 @@ Usage: python worker_lightlytrain.py SETTINGS.json
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rounds import version_of
 from step_breakdown import MODEL, TEACHER
 from step_server import StepServer
 from torch.profiler import record_function
@@ -73,7 +73,7 @@ class ViewsInMemory:
 
 
 def train(settings: dict[str, Any], server: StepServer) -> None:
-    """What LightlyTrain's `pretrain` does, up to the end of the process."""
+    """The steps of LightlyTrain's `pretrain`, up to the end of the process."""
     from lightly_train._commands import train_helpers
     from lightly_train._configs.validate import no_auto
     from lightly_train._models import package_helpers
@@ -166,7 +166,7 @@ def make_method(settings: dict[str, Any], wrapped_model: Any, embedding_model: A
 
 
 def peer_method_args(settings: dict[str, Any]) -> dict[str, Any]:
-    """What is not left at the method's default."""
+    """The settings that differ from the method's defaults."""
     sizes = {
         "output_dim": settings["prototypes"],
         "hidden_dim": settings["hidden"],
@@ -178,7 +178,7 @@ def peer_method_args(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def name_the_parts(method: Any) -> None:
-    """Give the teacher's update and the closure of the loss names in the profiler; they do what they did."""
+    """Name the teacher's update and the closure of the loss for the profiler; nothing else changes."""
     finish, step = method.on_train_batch_end, method.optimizer_step
 
     def on_train_batch_end(*args: Any, **kwargs: Any) -> None:
@@ -193,13 +193,6 @@ def name_the_parts(method: Any) -> None:
         step(epoch, batch_idx, optimizer, closure)
 
     method.on_train_batch_end, method.optimizer_step = on_train_batch_end, optimizer_step
-
-
-def version_of(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def in_processes(work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int) -> list[Any]:
-    """What `work` gives for each job, in their order; in this process if there is to be one only."""
+    """The result of `work` for each job, in their order; in this process for one worker."""
     if workers == 1:
         return [work(*job) for job in jobs]
     # "spawn" does not copy the locks of threads.

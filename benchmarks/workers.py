@@ -19,16 +19,16 @@ SCRIPTS = {
 
 
 class Worker:
-    """One tool in a process of its own, ready to take its next step when asked.
+    """One tool in a process of its own, which takes a step on command.
 
     Args:
         tool: "brainfound" or "lightlytrain".
         python: the interpreter of its environment.
         folder: for its files; must not exist.
-        settings: what it is to train.
+        settings: of its training.
 
     Raises:
-        RuntimeError: if it ends or says something else than an answer; the end of its log is in the message.
+        RuntimeError: the process ended; the message holds the end of its log.
     """
 
     def __init__(self, tool: str, python: str, folder: Path, settings: dict[str, Any]) -> None:

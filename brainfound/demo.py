@@ -151,12 +151,15 @@ def _run_task(
     from brainfound.inference.evaluation import evaluate
 
     choice = DEMO_TASKS[name]
-    # The table has no column for the frozen baseline.
-    overrides = (*SPLIT, "evaluate_every=0", "frozen_baseline=false", *choice["overrides"])
-    # Fixed, as in pretraining: the table must not depend on the precision that suits a processor best.
-    overrides = (*overrides, "engine.precision=no")
+    overrides = (
+        *SPLIT,
+        "aggregator=mean",
+        "evaluate_every=0",
+        "frozen_baseline=false",  # the table has no column for it
+        *choice["overrides"],
+        "engine.precision=no",  # as in pretraining: the table must not depend on the processor's best precision
+    )
     scores: dict[str, tuple[float, float]] = {}
-    trivial, num_test, metric = float("nan"), 0, ""
     for kind, model in (("adapted", export), ("from_start", checkpoint)):
         words = "with continued pretraining" if kind == "adapted" else "without"
         with _step(log, f"{name}: fine-tuning {words}"):
@@ -167,15 +170,14 @@ def _run_task(
                 choice["target"],
                 out / f"{choice['target']}-{kind.replace('_', '-')}",
                 adapter="lora-r16-all",
-                overrides=("aggregator=mean", *overrides),
+                overrides=overrides,
                 quiet=quiet,
             )
             full = evaluate(run, store)[0]
             partial = evaluate(run, store, without=(WITHHELD_CONTRAST,))[0]
-        metric, value, trivial = full.headline
-        num_test = len(full.cases)
-        scores[kind] = (value, partial.headline[1])
-    return Row(name, metric, num_test, trivial, scores["from_start"], scores["adapted"])
+        scores[kind] = (full.headline[1], partial.headline[1])
+    metric, _, trivial = full.headline
+    return Row(name, metric, len(full.cases), trivial, scores["from_start"], scores["adapted"])
 
 
 def _predict(out: Path, cohort: Path, store: Store) -> None:
@@ -192,17 +194,10 @@ def _predict(out: Path, cohort: Path, store: Store) -> None:
     session = next(s for s in sessions if s.covariates["diagnosis"] == "tumour")
     predictor = load(run)
     predictor.predict_session(session).save(out / "predictions", overwrite=True)
-    index = store.sessions["subject"].tolist().index(session.subject)
-    stack = store[index]
+    stack = store[store.sessions["subject"].tolist().index(session.subject)]
     classes = infer(predictor.model, stack).classes
-    plot_overlay(
-        stack.pixels,
-        stack.contrasts,
-        stack.present.tolist(),
-        stack.mask,
-        classes,
-        path=out / "predictions" / "outline.png",
-    )
+    path = out / "predictions" / "outline.png"
+    plot_overlay(stack.pixels, stack.contrasts, stack.present.tolist(), stack.mask, classes, path=path)
 
 
 def _prepare_folder(out: Path, overwrite: bool) -> None:

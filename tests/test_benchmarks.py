@@ -533,5 +533,6 @@ def test_adaptation_at_tiny_size(tmp_path, module):
     assert result["cache"]["rate_over_encoding"]["median"] > 1
     assert result["predict"]["num_slices"] > 4
     module_adapt = module("adapt")
-    assert module_adapt.figures(result).keys() == module_adapt.TARGETS.keys()
-    assert done.stdout.strip() == module_adapt.table(result)
+    lines = module_adapt.table(result).splitlines()
+    assert [line.split(":")[0] for line in lines[2:]] == ["| lora"] * 3 + ["| cache", "| predict"]
+    assert done.stdout.splitlines() == lines

@@ -212,11 +212,13 @@ class _Report:
         return lines
 
     def _summary(self) -> str:
+        from brainfound.data.sources.tables import count_noun
+
         used = [scan for session in self.sessions for scan in session.scans if scan.is_used or scan.level == "fail"]
         counts = {level: sum(scan.level == level for scan in used) for level in ("ok", "note", "warn", "fail")}
         fine = counts["ok"] + counts["note"]
         return (
-            f"{_plural(len(used), 'scan')} of {_plural(len(self.sessions), 'session')}: "
+            f"{count_noun(len(used), 'scan')} of {count_noun(len(self.sessions), 'session')}: "
             f"{fine} ✓, {counts['warn']} !, {counts['fail']} ✗"
         )
 
@@ -244,12 +246,13 @@ class _Report:
         }
 
     def write_picture(self, path: Path, preprocessing: Preprocessing) -> None:
+        from brainfound.data.sources.tables import count_noun
         from brainfound.data.store.contact_sheet import choose_sessions, draw_contact_sheet
 
         rows = list(self.cards)
         flagged = [place for place, row in enumerate(rows) if self.cards[row].is_flagged]
         cards = [self.cards[rows[place]] for place in choose_sessions(len(rows), flagged, MAX_CARDS)]
-        foot = f"{len(cards)} of {_plural(len(self.sessions), 'session')} as the model sees them."
+        foot = f"{len(cards)} of {count_noun(len(self.sessions), 'session')} as the model sees them."
         draw_contact_sheet(cards, preprocessing.contrasts, path, foot)
 
 
@@ -262,7 +265,3 @@ def _sign(findings: tuple[Finding, ...], name: str) -> str:
 
     matching = [finding for finding in findings if finding.check == name]
     return LEVEL_SYMBOLS[worst_level(matching)] if matching else ""
-
-
-def _plural(count: int, name: str) -> str:
-    return f"{count} {name}" + ("" if count == 1 else "s")

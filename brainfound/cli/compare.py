@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from brainfound.cli.terminal import AsJson, describe_intervals, parse_list, print_table, with_interval
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NUM_PERMUTATIONS = 5000
 
@@ -34,6 +30,7 @@ def compare(
     pooled; scores of several seeds are averaged.
     """
     from brainfound.experiments.compared_runs import read_compared_runs
+    from brainfound.experiments.folder import to_json_records
     from brainfound.metrics.comparison import compare as compare_with_first
     from brainfound.metrics.comparison import compare_pairs, score_intervals
     from brainfound.metrics.statistics import CONFIDENCE, NUM_RESAMPLES
@@ -45,11 +42,11 @@ def compare(
     if all_pairs:
         tested = compare_pairs(systems, chosen, num_permutations=NUM_PERMUTATIONS, **bootstrap)
         tables = [score_intervals(seeds, chosen, **bootstrap).assign(system=name) for name, seeds in systems.items()]
-        rows = [row for table in tables for row in _records(table)]
+        rows = [row for table in tables for row in to_json_records(table)]
     else:
         tested = compare_with_first(systems, first, chosen, num_permutations=NUM_PERMUTATIONS, **bootstrap)
-        rows = _records(tested)
-    pairs = _records(tested) if all_pairs else []
+        rows = to_json_records(tested)
+    pairs = to_json_records(tested) if all_pairs else []
     content = {
         "task": compared.task,
         "target": compared.target,
@@ -64,14 +61,6 @@ def compare(
         print(json.dumps(content, indent=1))
         return
     _print(content, rows, pairs, chosen)
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a table as plain values; undefined values are None."""
-    return [
-        {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-        for row in table.to_dict(orient="records")
-    ]
 
 
 def _print(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from brainfound.cli.terminal import (
     AsJson,
     Quiet,
+    describe_intervals,
     format_number,
     get_command_line,
     intervals_line,
@@ -20,10 +20,8 @@ from brainfound.cli.terminal import (
     print_table,
     progress_bar,
     score_with_interval,
+    with_interval,
 )
-
-if TYPE_CHECKING:
-    from brainfound.metrics.statistics import Interval
 
 
 def evaluate(
@@ -55,13 +53,10 @@ def evaluate(
     training subjects.
     """
     from brainfound.contrasts import parse_contrast
-    from brainfound.errors import UsageError
     from brainfound.experiments.folder import PAGE_FILE
     from brainfound.inference.evaluation import compute_drops
     from brainfound.inference.evaluation import evaluate as run
 
-    if part not in ("test", "validation", "train"):
-        raise UsageError("unknown part", where="--part", got=part, expected="test, validation or train")
     options: dict[str, Any] = {
         "without": [parse_contrast(name) for name in parse_list(without)],
         "partial_input": partial_input,
@@ -153,7 +148,7 @@ def probe(
     belongs to the same subject.
     """
     from brainfound.inference.probing import probe as run
-    from brainfound.metrics.statistics import explain_missing_interval
+    from brainfound.metrics.statistics import CONFIDENCE, NUM_RESAMPLES
 
     with progress_bar("embedding sessions", quiet) as progress:
         result = run(
@@ -167,21 +162,20 @@ def probe(
             progress=progress,
             notify=print_note,
         )
+    content = result.to_dict()
     if as_json:
-        print(json.dumps(result.to_dict(), indent=1))
+        print(json.dumps(content, indent=1))
         return
-    rows = []
-    if result.probed is not None:
-        scores, sessions = result.probed, str(result.num_probed)
-        metric = {"balanced_accuracy": "balanced accuracy", "r2": "R²", None: ""}[scores.label_metric]
-        rows += [
-            [name, metric_name, _with_interval(interval), format_number(chance), sessions]
-            for name, metric_name, interval, chance in (
-                (str(label), metric, scores.label, scores.label_chance),
-                (site, "balanced accuracy", scores.site, scores.site_chance),
-            )
-            if interval is not None
-        ]
+    rows, intervals = [], []
+    if scores := content.get("probed"):
+        metrics = {"label": scores["label_metric"], "site": "balanced_accuracy"}
+        for column, metric in metrics.items():
+            if own := scores[column]:
+                words = {"balanced_accuracy": "balanced accuracy", "r2": "R²"}[metric]
+                value = with_interval(metric, own["estimate"], own["low"], own["high"])
+                chance = format_number(scores[f"{column}_chance"])
+                rows.append([content[column], words, value, chance, str(result.num_probed)])
+                intervals.append(own)
     if result.retest is not None:
         sessions = str(2 * result.retest.num_subjects)
         found, chance = format_number(result.retest.identification), format_number(result.retest.chance)
@@ -189,14 +183,6 @@ def probe(
             ["the subject", "nearest session", found, chance, sessions],
             ["test and retest", "median ICC", format_number(result.retest.median_icc), format_number(0.0), sessions],
         ]
-    print_table(
-        ["what they tell", "score", "value (95% interval)", "knowing nothing", "sessions"], rows, title=str(model)
-    )
-    intervals = [] if result.probed is None else [result.probed.label, result.probed.site]
-    if missing := [own.num_subjects for own in intervals if own is not None and math.isnan(own.low)]:
-        print(explain_missing_interval(min(missing)))
-
-
-def _with_interval(interval: Interval) -> str:
-    ends = "" if math.isnan(interval.low) else f" ({format_number(interval.low)} to {format_number(interval.high)})"
-    return f"{format_number(interval.estimate)}{ends}"
+    print_table(["target", "score", "value", "chance level", "sessions"], rows, title=str(model))
+    if line := describe_intervals(intervals, CONFIDENCE, NUM_RESAMPLES):
+        print(line)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _MAX_VALUES = 12
 KINDS = ("recipes", "adapters", "contrasts", "cohort")
+_COUNTED_COLUMNS = ("sex", "site", "diagnosis", "label", "field_strength_t", "manufacturer", "scanner")
 
 
 def list_(
@@ -74,7 +75,7 @@ def _list_cohort(path: Path | None, *, sessions: bool, as_json: bool) -> None:
     from brainfound.data.cohort import Cohort
 
     if path is None:
-        raise UsageError("which cohort?", remedy="Give its path: brainfound list cohort PATH")
+        raise UsageError("the path of the cohort is missing", remedy="Write brainfound list cohort PATH")
     with tempfile.TemporaryDirectory() as work:  # for converted DICOM
         cohort = Cohort.read(path, work=Path(work) / "converted")
         summary = summarise_cohort(cohort)
@@ -111,7 +112,7 @@ def summarise_cohort(cohort: Cohort) -> dict[str, Any]:
         "sessions_without_age": len(sessions) - len(ages),
         "label_maps": dict(Counter(column for session in sessions for column in session.masks)),
     }
-    for column in ("sex", "site", "diagnosis", "label", "field_strength_t", "manufacturer", "scanner"):
+    for column in _COUNTED_COLUMNS:
         known = _known(sessions, column)
         if known:
             summary[column] = dict(Counter(str(value) for value in known).most_common())
@@ -129,28 +130,23 @@ def _known(sessions: list[Session], column: str) -> list[Any]:
 
 def session_rows(cohort: Cohort) -> list[dict[str, Any]]:
     """One row per session, with names."""
-    rows = []
-    for session in cohort.sessions():
-        age = session.covariates.get("age_years")
-        rows.append(
-            {
-                "subject": session.subject,
-                "session": session.session,
-                "contrasts": sorted(session.scans),
-                "further_scans": len(session.extra_scans) or None,
-                "age_years": age,
-                "sex": session.covariates.get("sex"),
-                "site": session.covariates.get("site"),
-                "label_maps": list(session.masks),
-            }
-        )
-    return rows
+    return [
+        {
+            "subject": session.subject,
+            "session": session.session,
+            "contrasts": sorted(session.scans),
+            "further_scans": len(session.extra_scans) or None,
+            **{column: session.covariates.get(column) for column in ("age_years", "sex", "site")},
+            "label_maps": list(session.masks),
+        }
+        for session in cohort.sessions()
+    ]
 
 
 def _lines(summary: dict[str, Any]) -> list[str]:
     from brainfound.data.sources.tables import count_noun
 
-    ages, missing = summary["age_years"], summary["sessions_without_age"]
+    ages, missing, further = summary["age_years"], summary["sessions_without_age"], summary["num_further_scans"]
     known = f"{ages['min']:g}–{ages['max']:g} years, median {ages['median']:g}" if ages else "not known"
     lines = [
         ("layout", summary["layout"]),
@@ -161,18 +157,18 @@ def _lines(summary: dict[str, Any]) -> list[str]:
         ),
         ("scans", _counts(summary["scans_of_contrast"])),
         ("sessions with", _counts(summary["sessions_with"])),
-        ("further scans", f"{summary['num_further_scans']} of a contrast that is there already"),
+        *([("further scans", f"{further} of a contrast that is there already")] if further else []),
         ("age", known + (f", {count_noun(missing, 'session')} without" if ages and missing else "")),
         ("label maps", _counts(summary["label_maps"]) or "none"),
     ]
-    for column in ("sex", "site", "diagnosis", "label", "field_strength_t", "manufacturer", "scanner"):
+    for column in _COUNTED_COLUMNS:
         if column in summary:
             lines.append((column, _counts(summary[column])))
     total = sum(summary["unused"].values())
     lines.append(("files not used", f"{total}" if total else "none"))
     lines += [("", f"{count} × {reason}") for reason, count in summary["unused"].items()]
     lines += [("note", line) for line in summary["notes"]]
-    return [f"{name:<17} {text}" for name, text in lines if not text.startswith("0 of a contrast")]
+    return [f"{name:<17} {text}" for name, text in lines]
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -81,7 +81,6 @@ def _predict_inputs(
     predictor: Predictor, inputs: list[str], out: Path, probabilities: bool, overwrite: bool, quiet: bool
 ) -> None:
     """Predict one session or a cohort; write and print the answers."""
-    from brainfound.inference.cohort import Outcome
     from brainfound.inference.scans import parse_inputs
 
     _note_missing_contract(predictor)
@@ -93,14 +92,14 @@ def _predict_inputs(
             outcomes = predict_cohort(
                 predictor, paths[0], out, probabilities=probabilities, overwrite=overwrite, progress=progress
             )
-        _report_cohort("answer", [(o, _summary(o)) for o in outcomes])
+        _report_cohort("answer", [(o, o.reason if o.result is None else _summary(o.result)) for o in outcomes])
         return
     if probabilities and predictor.per_voxel:
         predictor = predictor.with_options(replace(predictor.options, class_probabilities=True))
     prediction = predictor.predict(*paths, **contrast_paths)
     name = _file_name(paths, contrast_paths)
     files = prediction.save(out, name, probabilities=probabilities, overwrite=overwrite)
-    print(_summary(Outcome(prediction.subject, prediction.session, prediction)))
+    print(_summary(prediction))
     _print_files(files, prediction)
 
 
@@ -119,7 +118,7 @@ def _require_new(inputs: list[str], out: Path, ending: str, overwrite: bool) -> 
     file = out / f"{_file_name(paths, contrast_paths)}{ending}"
     if file.exists():
         remedy = "Give another --out, or --overwrite"
-        raise UsageError("an answer of this name is there already", where=file, remedy=remedy)
+        raise UsageError("an answer of this name already exists", where=file, remedy=remedy)
 
 
 def is_cohort(paths: list[Path], contrast_paths: dict[str, Path]) -> bool:
@@ -192,11 +191,9 @@ def _report_contract(outcomes: list[Outcome[Any]]) -> int:
     return len(unfit)
 
 
-def _summary(outcome: Outcome[Prediction]) -> str:
-    if outcome.result is None:
-        return outcome.reason
-    answer = outcome.result.answer
-    missing = f" (without {', '.join(outcome.result.missing)})" if outcome.result.missing else ""
+def _summary(prediction: Prediction) -> str:
+    answer = prediction.answer
+    missing = f" (without {', '.join(prediction.missing)})" if prediction.missing else ""
     if "class" in answer:
         return f"{answer['class']} {answer['probabilities'][answer['class']]:.2f}{missing}"
     if "present" in answer:

@@ -81,7 +81,7 @@ def _write(made: Split, out: Path, overwrite: bool) -> None:
         except UsageError:
             same = False
         if not same:
-            raise UsageError("another file is there", where=out, remedy="Give another name, or --overwrite")
+            raise UsageError("another file has this name", where=out, remedy="Give another name, or --overwrite")
         return
     made.save(out)
 

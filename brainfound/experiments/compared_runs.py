@@ -17,7 +17,7 @@ import pandas as pd
 
 from brainfound.errors import UsageError
 from brainfound.experiments.folder import RUNS_FILE
-from brainfound.finetuning.scoring import CASES_FILE, FROZEN_CASES_FILE, SUBJECT_ROW
+from brainfound.finetuning.scoring import CASES_FILE, FROZEN_CASES_FILE, SUBJECT_ROW, read_cases
 from brainfound.metrics.cases import list_table_metrics
 from brainfound.training.run_folder import FACTS_FILE
 
@@ -145,6 +145,4 @@ def _read_cases(file: Path) -> pd.DataFrame:
         if file.name == FROZEN_CASES_FILE:
             what, remedy = "the run has no frozen baseline", "Fine-tune with frozen_baseline=true"
         raise UsageError(what, where=file.parent, expected=file.name, remedy=remedy)
-    # A class may be called NA, and 01 is not 1.
-    dtypes = {"truth": str, "subject": str, "session": str}
-    return pd.read_csv(file, sep="\t", dtype=dtypes, keep_default_na=False, na_values=[""])
+    return read_cases(file)

@@ -165,19 +165,18 @@ def parse_scores(scores: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def make_baseline_columns(baselines: Mapping[str, Mapping[str, float]], names: list[str]) -> dict[str, float]:
-    """Baselines as columns of a table.
-
-    >>> make_baseline_columns({"trivial": {"mae": 9.0}}, ["mae"])
-    {'trivial mae': 9.0}
-    """
-    return {f"{name} {metric}": scores.get(metric, math.nan) for name, scores in baselines.items() for metric in names}
-
-
 def make_score_columns(content: Mapping[str, Any]) -> dict[str, float]:
-    """The scores of a ``scores.json`` as columns of a table, and after them those of its baselines."""
+    """The scores of a ``scores.json`` as columns of a table, and after them those of its baselines.
+
+    >>> make_score_columns({"task": "regression", "scores": {"mae": 5.0}, "trivial": {"mae": 9.0}})
+    {'mae': 5.0, 'trivial mae': 9.0}
+    """
     scores = parse_scores(content["scores"])
-    return scores | make_baseline_columns(get_baselines(content), list(scores))
+    return scores | {
+        f"{name} {metric}": baseline.get(metric, math.nan)
+        for name, baseline in get_baselines(content).items()
+        for metric in scores
+    }
 
 
 def get_score_columns(table: pd.DataFrame) -> tuple[list[str], list[str]]:

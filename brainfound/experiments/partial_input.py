@@ -28,7 +28,7 @@ from brainfound.finetuning.frozen_baseline import (
     score_frozen_baseline,
     scoring_from_bundle,
 )
-from brainfound.finetuning.scoring import FROZEN_CASES_FILE, score_sessions
+from brainfound.finetuning.scoring import FROZEN_CASES_FILE, read_cases, score_sessions
 from brainfound.finetuning.tasks import TargetColumn, Task, from_dict
 from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.registry import METRICS, PRIMARY_METRIC
@@ -98,8 +98,7 @@ def _load_frozen_baseline(bundle: Bundle, target: Task) -> FrozenBaseline | None
 
 def _read_frozen_score(run: Path, task: str, sessions: Sequence[int]) -> dict[str, float | None]:
     """The headline score of the frozen baseline of a run on some of its test sessions."""
-    # A class may be called NA, and 01 is not 1.
-    cases = pd.read_csv(run / FROZEN_CASES_FILE, sep="\t", dtype={"truth": str}, keep_default_na=False, na_values=[""])
+    cases = read_cases(run / FROZEN_CASES_FILE)
     score = compute_headline_score(task, cases[cases["row"].isin(sessions)])
     return {PRIMARY_METRIC[task]: None if np.isnan(score) else score}
 

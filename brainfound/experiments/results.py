@@ -30,7 +30,7 @@ from brainfound.experiments.page import write_experiment_page
 from brainfound.experiments.partial_input import missing_contrast_rows, summarise_missing_contrasts
 from brainfound.experiments.systems import SystemSpec
 from brainfound.finetuning.recipe import FinetuneRecipe
-from brainfound.finetuning.scoring import read_scores
+from brainfound.finetuning.scoring import read_cases, read_scores
 from brainfound.finetuning.tasks import Task
 from brainfound.metrics.registry import PRIMARY_METRIC
 from brainfound.training.checkpoint import write_atomically
@@ -139,7 +139,7 @@ def write_cases_and_page(folder: Path, table: pd.DataFrame, store: Store, keep_i
     subjects = names if keep_ids else pd.Series(pd.factorize(names)[0], index=names.index)
     parts = []
     for run in table.itertuples():
-        cases = pd.read_csv(folder / str(run.run) / CASES_FILE, sep="\t", dtype={"truth": str})
+        cases = read_cases(folder / str(run.run) / CASES_FILE)
         cases = cases.drop(columns=[name for name in ("subject", "session") if name in cases])
         cases.insert(0, "subject", subjects.iloc[cases["row"]].to_numpy())
         keys = {name: getattr(run, name) for name in (*GROUP_COLUMNS, "fold", "seed") if name in table}

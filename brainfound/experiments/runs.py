@@ -79,7 +79,7 @@ def make_folds(
     if file is not None:
         if folds or shots or num_subjects or leave_site_out:
             remedy = "Leave out the file, or the folds to make"
-            raise UsageError("a split file has its folds", where=file, remedy=remedy)
+            raise UsageError("a split file already has folds", where=file, remedy=remedy)
         return Split.load(file)
     shares = recipe.split
     if abs(shares.train + shares.validation + shares.test - 1) > 1e-6:

@@ -76,7 +76,7 @@ def non_empty_subsets(contrasts: Sequence[str]) -> list[tuple[str, ...]]:
 def make_subset_systems(system: SystemSpec, contrasts: Sequence[str]) -> list[SystemSpec]:
     """One system per non-empty subset of two or more contrasts, the full set first, each named after its contrasts."""
     if len(contrasts) < 2:
-        raise UsageError("with one contrast none can be absent", where="--partial-input", got=", ".join(contrasts))
+        raise UsageError("partial input needs two contrasts or more", where="--partial-input", got=", ".join(contrasts))
     return [replace(system, name="+".join(subset), contrasts=subset) for subset in non_empty_subsets(contrasts)]
 
 

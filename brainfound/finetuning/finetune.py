@@ -168,7 +168,7 @@ def _require_same_model_and_task(folder: Path, model: str, task: Task) -> None:
     if other := [key for key, value in before["target"].items() if now.get(key) != value]:
         remedy = "Give the recipe that the run was begun with, or another --out"
         where, expected = f"{folder}, {other[0]}", before["target"][other[0]]
-        what = "the run reads its labels otherwise"
+        what = "the run has other labels"
         raise UsageError(what, where=where, got=now.get(other[0]), expected=expected, remedy=remedy)
 
 
@@ -266,7 +266,7 @@ def finetuned_card(
 
 
 def _defined(score: float | None) -> float | str:
-    """A score for a card; one without a value, as the correlation with a constant, was computed all the same."""
+    """A score for a card; None is an undefined score, such as the correlation with a constant."""
     return "undefined" if score is None else score
 
 

@@ -294,5 +294,5 @@ def _load_starting_model(bundle: Bundle, task: Task, base: str | Path | None) ->
 
 
 def scoring_from_bundle(bundle: Bundle) -> ScoringRecipe:
-    """The scoring settings of a bundle's run; older bundles lack them and used the defaults."""
+    """The scoring settings of a bundle's run; the defaults for a bundle that no run made."""
     return ScoringRecipe.model_validate(bundle.metadata.get("scoring", {}))

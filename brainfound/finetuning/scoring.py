@@ -120,6 +120,13 @@ def write_cases(file: Path, cases: pd.DataFrame, keep_ids: bool) -> None:
     write_atomically(file, table.to_csv(sep="\t", index=False))
 
 
+def read_cases(file: Path) -> pd.DataFrame:
+    """Read a table of `write_cases`."""
+    # A class may be called NA, and 01 is not 1.
+    dtypes = {"truth": str, "subject": str, "session": str}
+    return pd.read_csv(file, sep="\t", dtype=dtypes, keep_default_na=False, na_values=[""])
+
+
 def read_scores(folder: Path) -> dict[str, Any]:
     return json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
 

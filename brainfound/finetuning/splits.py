@@ -207,7 +207,7 @@ def split_sessions(
     if file is not None:
         parts = _parts_from_file(file, fold, store, target.labelled, notify)
     elif fold is not None:
-        raise UsageError("a fold of no split", where="--fold", got=fold, remedy="Give the split file with --split")
+        raise UsageError("a fold needs a split file", where="--fold", got=fold, remedy="Give it with --split")
     else:
         parts = _divide_anew(recipe, store, target, notify)
     parts = _drop_unreadable_sessions(parts, store, notify)

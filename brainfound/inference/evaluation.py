@@ -31,10 +31,8 @@ from brainfound.experiments.folder import (
     SUMMARY_FILE,
     compute_spread,
     describe_data,
-    get_baselines,
     get_score_columns,
-    make_baseline_columns,
-    parse_scores,
+    make_score_columns,
     summarise_runs,
     to_json_records,
 )
@@ -117,7 +115,6 @@ def write_evaluation(
 
 def _row(result: SessionScores, store: Store) -> dict[str, Any]:
     content = result.to_dict()
-    scores = parse_scores(content["scores"])
     contrasts = [name for name in store.shown if name not in result.without]
     return {
         "contrasts": ", ".join(contrasts),
@@ -125,8 +122,7 @@ def _row(result: SessionScores, store: Store) -> dict[str, Any]:
         "fold": "",
         "seed": 0,
         "num_test": content["num_sessions"],
-        **scores,
-        **make_baseline_columns(get_baselines(content), list(scores)),
+        **make_score_columns(content),
     }
 
 
@@ -182,6 +178,8 @@ def evaluate(
     Raises:
         ModelError: the model has no head. UsageError: no session is left to score, or ``out`` holds something else.
     """
+    if part not in PARTS:
+        raise UsageError("a split has no such part", where="--part", got=part, expected=", ".join(PARTS))
     if out is not None:
         require_writable(Path(out))
     store = data if isinstance(data, Store) else Store.open(data)
@@ -190,11 +188,9 @@ def evaluate(
     predictor = load(model) if bundle is None else make_predictor(bundle, resolve_device(None))
     target = predictor.target
     if bundle is None or target is None:
-        raise ModelError("an encoder has nothing to be scored on", where=model, remedy="Fine-tune it first")
+        raise ModelError("an encoder has no answers to score", where=model, remedy="Fine-tune it first")
     scoring = _scoring(bundle, target, surface_mm, empty)
     require_same_preprocessing(predictor, store)
-    if part not in PARTS:
-        raise UsageError(f"a split has no part {part!r}", expected=", ".join(PARTS))
     store = restrict_contrasts(store, predictor.input_contrasts)
     # A bundle that was not made by a run has no split.
     split, labelled = bundle.metadata.get("split"), TargetColumn.find(store, target.column).labelled
@@ -247,7 +243,7 @@ def _scoring(bundle: Bundle, task: Task, surface_mm: float | None, empty: EmptyC
     given = {name: value for name, value in {"surface_mm": surface_mm, "empty": empty}.items() if value is not None}
     if given and not task.per_voxel:
         raise UsageError(
-            "surfaces and empty masks are of a segmentation", where=next(iter(given)), got=f"a {task.kind} model"
+            "surfaces and empty masks are for segmentations", where=next(iter(given)), got=f"a {task.kind} model"
         )
     return validate(ScoringRecipe, scoring_from_bundle(bundle).model_dump() | given, where="evaluate")
 

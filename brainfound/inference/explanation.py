@@ -124,7 +124,7 @@ def choose_methods(
     else:
         chosen = tuple(dict.fromkeys([method] if isinstance(method, str) else method))
         if not chosen:
-            raise UsageError("no method was asked for", where="method", expected=", ".join(METHODS))
+            raise UsageError("no method is given", where="method", expected=", ".join(METHODS))
     for name in chosen:
         if name not in METHODS:
             raise UsageError(f"unknown method {name!r}", where="method", remedy=did_you_mean(name, METHODS))
@@ -171,10 +171,6 @@ def explain_stack(
     num_slices: int | None = None,
     method: str | Sequence[str] | None = None,
     class_name: str | None = None,
-    notes: tuple[str, ...] = (),
-    rejected: tuple[str, ...] = (),
-    input_level: Level | None = None,
-    name: str = "",
 ) -> Explanation:
     """Explain a stack.
 
@@ -184,7 +180,6 @@ def explain_stack(
         target: the model's task; None for an encoder.
         num_slices: evenly spaced slices to read; None for all. A segmentation always reads all.
         method, class_name: see `choose_methods`.
-        notes, rejected, input_level, name: copied into the result.
 
     Raises:
         UsageError: as for `choose_methods`. ModelError: the stack does not fit the model, or a map is not finite.
@@ -228,10 +223,6 @@ def explain_stack(
         missing=tuple(c for c in stack.contrasts if c not in present),
         subject=stack.subject,
         session=stack.session,
-        notes=notes,
-        rejected=rejected,
-        input_level=input_level,
-        name=name,
     )
 
 

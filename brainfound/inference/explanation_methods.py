@@ -143,7 +143,7 @@ def principal_components(features: Float[np.ndarray, "N D"]) -> tuple[Float[np.n
     num = NUM_COMPONENTS
     if min(features.shape) <= num:
         raise ModelError(
-            "too little to find principal components in",
+            "too few or too narrow features for principal components",
             got=f"{features.shape[0]} foreground patches of width {features.shape[1]}",
             expected=f"more than {num} of each",
             remedy="Leave out the method pca",

@@ -16,8 +16,7 @@ from brainfound.data.hooks import Hook, load_hooks
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError, UsageError
-from brainfound.finetuning.tasks import TASKS, Task, from_dict
-from brainfound.finetuning.tasks.base import AnswerCalibration
+from brainfound.finetuning.tasks import TASKS, AnswerCalibration, Task, from_dict
 from brainfound.inference.prediction import Prediction
 from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.inference.segmentation import SegmentationOptions
@@ -103,7 +102,7 @@ def load(
     kinds = [kind for kind in model.config.architectures or () if kind != BrainFoundModel.__name__]
     if kinds:
         raise ModelError(
-            f"this is a {kinds[0]} by itself: what its answers mean is not there",
+            f"this is a {kinds[0]} by itself, without a description of its answers",
             where=source,
             expected="a bundle",
             remedy="Save it with save_bundle, which keeps labels and preprocessing with the weights",
@@ -172,7 +171,7 @@ def _read_target(bundle: Bundle) -> Task | None:
     num_names = unwrap_peft(bundle.model).config.num_classes if TASKS[bundle.task].has_names else None
     if target is None or target.kind != bundle.task or num_names not in (None, len(target.names)):
         raise ModelError(
-            "the labels do not say what its answers mean",
+            "the labels do not describe the answers of the model",
             where=bundle.folder,
             expected=f"a target of a {bundle.task}" + (f" with {num_names} names" if num_names else ""),
             remedy="Save it with save_bundle(…, labels=target.to_dict())",

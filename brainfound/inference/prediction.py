@@ -143,7 +143,7 @@ def require_new(file: Path, overwrite: bool) -> None:
     """Raise a UsageError if an answer has been written to this file before, unless it may be overwritten."""
     if file.exists() and not overwrite:
         raise UsageError(
-            "an answer of this name is there already", where=file, remedy="Give another folder or name, or overwrite"
+            "an answer of this name already exists", where=file, remedy="Give another folder or name, or overwrite"
         )
 
 

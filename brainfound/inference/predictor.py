@@ -32,8 +32,7 @@ from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
 from brainfound.data.reading.scan import Scan
 from brainfound.errors import RefusedInputError, ScanError, UsageError
-from brainfound.finetuning.tasks import Segmentation, Task, VolumeTask
-from brainfound.finetuning.tasks.base import AnswerCalibration
+from brainfound.finetuning.tasks import AnswerCalibration, Segmentation, Task, VolumeTask
 from brainfound.inference.explanation import Explanation, choose_methods, explain_stack
 from brainfound.inference.prediction import Prediction, file_name_stem
 from brainfound.inference.scans import session_from_scans
@@ -184,17 +183,9 @@ class Predictor:
     ) -> Explanation:
         """Explanation maps of a session that `prepare` has read."""
         ready = self._restrict(ready)
-        return explain_stack(
-            self.model,
-            ready.stack,
-            self.target,
-            self.num_slices,
-            method,
-            class_name,
-            notes=ready.notes,
-            rejected=ready.rejected,
-            input_level=ready.level,
-            name=ready.name,
+        explanation = explain_stack(self.model, ready.stack, self.target, self.num_slices, method, class_name)
+        return replace(
+            explanation, notes=ready.notes, rejected=ready.rejected, input_level=ready.level, name=ready.name
         )
 
     def explain_stack(

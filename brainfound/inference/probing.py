@@ -153,7 +153,7 @@ def _plan(store: Store, label: str | None, site: str) -> _Plan:
     if label is None:
         if plan.has_retest:
             return plan
-        what = "there is nothing to ask: no label, and fewer than two subjects with two sessions"
+        what = "there is nothing to probe: no label, and fewer than two subjects with two sessions"
         got, remedy = f"{num_twice} such subjects", "Give --label COLUMN"
         raise UsageError(what, where=f"store {store.path.name}", got=got, remedy=remedy)
     labels = store.covariate(label).to_numpy()

@@ -28,13 +28,13 @@ _ALARM, _BEST = "#B00020", "#D55E00"
 _NUM_COLUMNS = 3
 _MOST_PANELS = 30
 _SMOOTH_FROM = 200
-_VALIDATION = ("validation/", "val/")
-_LN_K_KEYS = ("ln_k", "ln_K", "lnK", "log_k", "log_prototypes", "loss/ln_k")
+_VALIDATION = "validation/"
+_LN_K = "ln_k"
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """One gauge: its title, its keys (``*`` ends a prefix or begins a suffix), and its marks."""
+    """One gauge: its title, its keys (``*`` ends a prefix), and its marks."""
 
     title: str
     keys: tuple[str, ...]
@@ -49,9 +49,9 @@ class _Panel:
 # Alarms: the collapse gauges of self-distillation. Normalised entropy 0.7–1 is healthy and below 0.1 is
 # collapse; an effective rank below 10 is a soft and below 2 a hard alarm; so is a mean cosine of 0.995.
 _PANELS = (
-    _Panel("Loss", ("loss", "train/loss"), mark_ln_k=True),
-    _Panel("Parts of the loss", ("loss/*", "loss_*", "*_loss"), mark_ln_k=True),
-    _Panel("Learning rate", ("lr", "lr/*", "learning_rate"), smooth=False),
+    _Panel("Loss", ("loss",), mark_ln_k=True),
+    _Panel("Parts of the loss", ("loss_*",), mark_ln_k=True),
+    _Panel("Learning rate", ("lr", "lr/*"), smooth=False),
     _Panel("Entropy (share of ln K)", ("teacher_entropy", "target_entropy"), alarm=(0.1,)),
     _Panel("Effective rank of CLS", ("effective_rank",), alarm=(10.0, 2.0)),
     _Panel("Mean cosine between CLS", ("mean_cosine",), alarm=(0.995,), alarm_side="above"),
@@ -69,8 +69,8 @@ def plot_curves(run_folder: str | Path) -> Path:
 
     The loss and its parts show ln K where it was logged (a cross-entropy that stays at ln K means a uniform output).
     Probes and validation scores are marked at their best value. Each ``validation/…`` key and each unknown number has a
-    panel of its own. Folds are lines of one panel. A log without numbers gives an empty picture with a note: the report
-    must not fail a run that has ended. Raises as `RunFolder.read`.
+    panel of its own. A log without numbers gives an empty picture with a note: the report must not fail a run that has
+    ended. Raises as `RunFolder.read`.
     """
     run = RunFolder.read(run_folder)
     panels = _select_panels(run)
@@ -103,7 +103,7 @@ def _title(run: RunFolder, left_out: Sequence[tuple[_Panel, list[str]]]) -> str:
 
 def _select_panels(run: RunFolder) -> list[tuple[_Panel, list[str]]]:
     """The panels that have something to show, with the keys of each."""
-    remaining = [key for key in run.numeric_keys() if key not in _LN_K_KEYS]
+    remaining = [key for key in run.numeric_keys() if key != _LN_K]
     found = []
     for panel in _PANELS:
         if keys := list(dict.fromkeys(key for pattern in panel.keys for key in remaining if _matches(key, pattern))):
@@ -124,34 +124,30 @@ def _format_key(key: str) -> str:
 
 
 def _best(key: str) -> Literal["highest", "lowest"] | None:
-    name = key.rpartition("/")[2]
-    metric = METRICS.get(metric_name(name))
-    if not key.startswith(_VALIDATION) or (metric and metric.only_clean):
+    metric = METRICS.get(metric_name(key.removeprefix(_VALIDATION)))
+    if not key.startswith(_VALIDATION) or metric is None or metric.only_clean:
         return None
-    if metric:
-        return "highest" if metric.higher_is_better else "lowest"
-    return "lowest" if "loss" in name else None
+    return "highest" if metric.higher_is_better else "lowest"
 
 
 def _draw(axes: Axes, run: RunFolder, panel: _Panel, keys: Sequence[str]) -> None:
     axes.set_title(panel.title, fontsize=10, loc="left")
-    folds = run.folds()
-    lines = [line for key in keys for fold in folds if (line := (key, fold, *run.series(key, fold)))[2].size]
-    values = np.concatenate([line[3] for line in lines])
+    lines = [(key, *run.series(key)) for key in keys]
+    values = np.concatenate([line[2] for line in lines])
     positive = values[np.isfinite(values)]
     if panel.log_scale and positive.size and (positive > 0).all() and positive.max() > 20 * positive.min():
         axes.set_yscale("log")
     # The first line is the main one: it is drawn last, over its parts.
-    for i, (key, fold, steps, line_values) in reversed(list(enumerate(lines))):
-        _draw_line(axes, steps, line_values, _COLOURS[i % len(_COLOURS)], _label(key, fold, len(keys)), panel.smooth)
+    for i, (key, steps, line_values) in reversed(list(enumerate(lines))):
+        _draw_line(axes, steps, line_values, _COLOURS[i % len(_COLOURS)], key, panel.smooth)
     # ln K is not the level of a sum of cross-entropies, whose parts have their own panel.
     is_sum = panel is _PANELS[0] and any(_matches(key, part) for key in run.numeric_keys() for part in _PANELS[1].keys)
     for rollback in run.rollbacks:
         axes.axvline(rollback["step"], color=_ALARM, linewidth=0.9, linestyle=":")
     marked_ln_k = panel.mark_ln_k and not is_sum and _mark_ln_k(axes, run)
     _mark_alarms(axes, panel)
-    if panel.best and len(folds) == 1:
-        _mark_best(axes, panel.best, lines[0][2], lines[0][3])
+    if panel.best:
+        _mark_best(axes, panel.best, lines[0][1], lines[0][2])
     if len(lines) > 1 or marked_ln_k:
         axes.legend(fontsize=7, framealpha=0.8, edgecolor="none", reverse=True, ncols=2 if len(lines) > 4 else 1)
     if num_bad := int((~np.isfinite(values)).sum()):
@@ -162,12 +158,6 @@ def _draw(axes: Axes, run: RunFolder, panel: _Panel, keys: Sequence[str]) -> Non
     if axes.get_yscale() == "linear":
         # Plain labels such as 2e-05: a factor above the axis is easily overlooked.
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
-
-
-def _label(key: str, fold: int | None, num_keys: int) -> str:
-    if fold is None:
-        return key
-    return f"fold {fold}" if num_keys == 1 else f"{key}, fold {fold}"
 
 
 def _draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, smooth: bool) -> None:
@@ -192,12 +182,10 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 def _mark_ln_k(axes: Axes, run: RunFolder) -> bool:
     """Draw the level of ln K; False if it was not logged."""
-    for key in _LN_K_KEYS:
-        _, values = run.series(key, run.folds()[0])
-        if values.size:
-            axes.axhline(values[-1], color=_ALARM, linewidth=1, linestyle="--", label=f"ln K = {values[-1]:.2f}")
-            return True
-    return False
+    _, values = run.series(_LN_K)
+    if values.size:
+        axes.axhline(values[-1], color=_ALARM, linewidth=1, linestyle="--", label=f"ln K = {values[-1]:.2f}")
+    return bool(values.size)
 
 
 def _mark_alarms(axes: Axes, panel: _Panel) -> None:

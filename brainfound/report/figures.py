@@ -44,8 +44,6 @@ def plot_overlay(
     prediction: Any = None,
     *,
     path: str | Path,
-    num_slices: int = 6,
-    title: str | None = None,
 ) -> Path:
     """Write a contact sheet of a stack: one row per contrast, one column per slice, inferior at the left.
 
@@ -58,18 +56,13 @@ def plot_overlay(
         contrasts, present: (C,) names, and whether the session has the contrast.
         mask: (S, H, W) reference labels, outlined in yellow; 0 is background.
         prediction: (S, H, W) predicted labels, outlined in cyan, dashed.
-        num_slices: the maximum number of columns.
-
-    Raises:
-        UsageError: shapes do not fit, or pixels are not uint8.
     """
     pixels = np.asarray(stack_pixels)
-    _check(pixels, contrasts, present, num_slices)
-    labels = [_labels(mask, pixels, "mask"), _labels(prediction, pixels, "prediction")]
-    slices = choose_slices(pixels, labels[0], labels[1], num_slices)
+    labels = [None if volume is None else np.asarray(volume) for volume in (mask, prediction)]
+    slices = choose_slices(pixels, labels[0], labels[1])
     rows, columns = bounding_box(np.any(pixels > 0, axis=(0, 1)), _MARGIN_PIXELS)
 
-    head, foot = (0.45 if title else 0.25), 0.3
+    head, foot = 0.25, 0.3
     full_height = _TILE_INCHES * (rows.stop - rows.start) / (columns.stop - columns.start)
     heights = [full_height if is_present else _ABSENT_INCHES for is_present in present]
     width, height = _TILE_INCHES * len(slices) + _SIDE_INCHES, sum(heights) + head + foot
@@ -94,7 +87,7 @@ def plot_overlay(
                 axes.set_title(f"slice {index}", fontsize=7, color="#BBBBBB", pad=2)
         x, y, rotation = _SIDE_INCHES / 2 / width, bottom + heights[row] / height / 2, 90 if present[row] else 0
         figure.text(x, y, contrast, va="center", ha="center", color="white", rotation=rotation)
-    _annotate(figure, title, labels)
+    _annotate(figure, labels)
     return save_figure(figure, path, facecolor="black")
 
 
@@ -115,31 +108,6 @@ def choose_slices(
     return [int(index) for index in candidates[places.astype(int)]]
 
 
-def _check(pixels: np.ndarray, contrasts: Sequence[str], present: Sequence[bool], num_slices: int) -> None:
-    if pixels.ndim != 4 or pixels.dtype != np.uint8 or 0 in pixels.shape:
-        got = f"{pixels.dtype} {pixels.shape}"
-        raise UsageError("not the pixels of a stack", where="stack_pixels", got=got, expected="uint8 (S, C, H, W)")
-    for values, where in ((contrasts, "contrasts"), (present, "present")):
-        if len(values) != pixels.shape[1]:
-            raise UsageError("does not fit the stack", where=where, got=len(values), expected=pixels.shape[1])
-    if num_slices < 1:
-        raise UsageError("nothing to show", where="num_slices", got=num_slices, expected="1 or more")
-
-
-def _labels(labels: Any, pixels: np.ndarray, where: str) -> np.ndarray | None:
-    if labels is None:
-        return None
-    array = np.asarray(labels)
-    expected = (pixels.shape[0], *pixels.shape[2:])
-    if array.shape != expected:
-        raise UsageError("does not fit the stack", where=where, got=array.shape, expected=expected)
-    whole = array.astype(np.int64)
-    if not np.array_equal(whole, array):
-        remedy = "Apply a threshold or an argmax first"
-        raise UsageError("labels must be whole numbers", where=where, got=array.dtype, remedy=remedy)
-    return whole
-
-
 def _outline(axes: Axes, labels: np.ndarray, colour: str, line_width: float, style: str) -> None:
     height, width = labels.shape
     for label in np.unique(labels[labels != 0]):
@@ -150,9 +118,7 @@ def _outline(axes: Axes, labels: np.ndarray, colour: str, line_width: float, sty
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
-def _annotate(figure: Figure, title: str | None, labels: Sequence[np.ndarray | None]) -> None:
-    if title:
-        figure.text(0.01, 0.995, title, color="white", fontsize=10, va="top", ha="left")
+def _annotate(figure: Figure, labels: Sequence[np.ndarray | None]) -> None:
     figure.text(0.01, 0.01, "left of the picture = subject's left, top = anterior", color="#888888", fontsize=6.5)
     x = 0.99
     for volume, name, colour in ((labels[1], "- - prediction", _PREDICTION), (labels[0], "— reference", _REFERENCE)):

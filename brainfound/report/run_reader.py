@@ -1,4 +1,4 @@
-"""Reading of a run folder: recipe.yaml, run.json and log.jsonl.
+"""Reading of a run folder: recipe.yaml and log.jsonl.
 
 `log.jsonl` holds one JSON object per line with a `step` and any numbers. A truncated last line is ignored; any other
 invalid line is an error.
@@ -18,10 +18,8 @@ import yaml
 from brainfound.errors import BrainFoundError, UsageError
 
 RECIPE_FILE = "recipe.yaml"
-FACTS_FILE = "run.json"
 LOG_FILE = "log.jsonl"
 CURVES_FILE = "curves.png"
-EXPORT_FOLDER = "export"
 
 
 @dataclass(frozen=True)
@@ -30,50 +28,38 @@ class RunFolder:
 
     path: Path
     recipe: dict[str, Any]
-    facts: dict[str, Any]
     records: tuple[dict[str, Any], ...]
-    """The lines of the log in order, without steps that a resumed run repeated."""
+    """The lines of the log in order, without rollbacks."""
     rollbacks: tuple[dict[str, Any], ...] = ()
     """The log lines of rollbacks to an earlier step."""
 
     @classmethod
     def read(cls, path: str | Path) -> RunFolder:
-        """Read a run folder; a missing recipe.yaml or run.json reads as empty.
+        """Read a run folder; a missing recipe.yaml reads as empty.
 
         Raises:
-            UsageError: `path` is not a run folder.
+            UsageError: `path` is not a run folder: it has no log.
             BrainFoundError: a file cannot be read; the error names the file and the line.
         """
         path = Path(path)
-        if not path.is_dir():
-            raise UsageError("no such run folder", where=path, remedy="Give the folder that --out named")
         if not (path / LOG_FILE).is_file():
             raise UsageError(f"not a run folder: it has no {LOG_FILE}", where=path)
         records = _read_log(path / LOG_FILE)
         return cls(
             path=path,
-            recipe=_read_mapping(path / RECIPE_FILE),
-            facts=_read_mapping(path / FACTS_FILE),
-            records=tuple(_without_repeated_steps([line for line in records if "rolled_back_from" not in line])),
+            recipe=_read_recipe(path / RECIPE_FILE),
+            records=tuple(line for line in records if "rolled_back_from" not in line),
             rollbacks=tuple(line for line in records if "rolled_back_from" in line),
         )
 
     def numeric_keys(self) -> list[str]:
-        """The keys with a number in some line, in order of first appearance, without `step` and `fold`."""
+        """The keys with a number in some line, in order of first appearance, without `step`."""
         keys = dict.fromkeys(key for record in self.records for key, value in record.items() if _is_number(value))
-        return [key for key in keys if key not in ("step", "fold")]
+        return [key for key in keys if key != "step"]
 
-    def folds(self) -> list[int | None]:
-        """The folds that were logged, in order; ``[None]`` for a run without folds."""
-        return list(dict.fromkeys(record.get("fold") for record in self.records))
-
-    def series(self, key: str, fold: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps (T,) and values (T,) of a key, where it was logged; ``nan`` where it was not finite."""
-        points = [
-            (record["step"], record[key])
-            for record in self.records
-            if record.get("fold") == fold and _is_number(record.get(key))
-        ]
+        points = [(record["step"], record[key]) for record in self.records if _is_number(record.get(key))]
         steps, values = zip(*points, strict=True) if points else ((), ())
         return np.array(steps, dtype=float), np.array(values, dtype=float)
 
@@ -82,12 +68,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise BrainFoundError(f"cannot be read: {error}", where=path) from error
     if not isinstance(content, dict):
@@ -112,22 +97,5 @@ def _read_line(line: bytes, where: str) -> dict[str, Any]:
         raise BrainFoundError(f"not a line of JSON: {error}", where=where, remedy="Remove the line") from error
     if not isinstance(record, dict) or not _is_number(record.get("step")):
         raise BrainFoundError("not a log line", where=where, got=line[:60], expected='{"step": …}')
-    # null is a number that was not finite. Older logs contain NaN, which Python reads too.
-    return {key: math.nan if value is None and key != "fold" else value for key, value in record.items()}
-
-
-def _without_repeated_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop the earlier lines of repeated steps, fold by fold.
-
-    A run that stopped at step 15 and resumed from its checkpoint of step 10 logs 11 … 15 twice; the earlier lines
-    belong to weights that no longer exist.
-    """
-    kept: list[dict[str, Any]] = []
-    last_step: dict[Any, float] = {}
-    for record in records:
-        fold, step = record.get("fold"), record["step"]
-        if step < last_step.get(fold, step):
-            kept = [old for old in kept if old.get("fold") != fold or old["step"] < step]
-        last_step[fold] = step
-        kept.append(record)
-    return kept
+    # null is a number that was not finite.
+    return {key: math.nan if value is None else value for key, value in record.items()}

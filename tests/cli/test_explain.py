@@ -44,7 +44,7 @@ def test_one_session_gets_its_maps(cli, classifier, source, tmp_path):
     ("options", "words"),
     [
         (["--method", "gradcam"], "unknown method 'gradcam'"),
-        (["--method", ""], "no method was asked for"),
+        (["--method", ""], "no method is given"),
         (["--class", "ill"], "the model has no class 'ill'"),
         (["--method", "pca", "--class", "patient"], "a class is for the gradient"),
     ],

@@ -104,7 +104,7 @@ def test_what_is_there_is_not_overwritten(cli, scans, classifier, tmp_path, verb
     assert cli(*given).code == 0
     again = cli(*given)
     assert again.code == 2
-    assert "an answer of this name is there already" in again.line
+    assert "an answer of this name already exists" in again.line
     assert cli(*given, "--overwrite").code == 0
 
 

@@ -89,7 +89,10 @@ def test_a_lost_data_set_is_exit_code_3_of_both_commands(tmp_path, write_scan):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["list", "cohort"], "which cohort"), (["list", "recipes", "--sessions"], "goes with `cohort` only")],
+    [
+        (["list", "cohort"], "path of the cohort is missing"),
+        (["list", "recipes", "--sessions"], "goes with `cohort` only"),
+    ],
 )
 def test_misuse_is_one_clear_line(arguments, message):
     with pytest.raises(BrainFoundError, match=message):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from brainfound.cli.predict import _summary
-from brainfound.inference.cohort import Outcome
 from brainfound.inference.prediction import Prediction
 
 
@@ -24,8 +23,4 @@ from brainfound.inference.prediction import Prediction
 )
 def test_an_answer_is_one_line(answer, line):
     prediction = Prediction("any", answer, contrasts=("T1w",), missing=("FLAIR",))
-    assert _summary(Outcome("s1", "1", prediction)) == line
-
-
-def test_what_failed_says_why():
-    assert _summary(Outcome("s1", "1", None, "no scan")) == "no scan"
+    assert _summary(prediction) == line

@@ -31,7 +31,7 @@ def test_options_reach_the_files(cli, segmenter, source, tmp_path):
     again = ("predict", segmenter, *scans, "--out", tmp_path / "plain")
     refused = cli(*again)
     assert refused.code == 2
-    assert "s01_T1w.json: an answer of this name is there already" in refused.line
+    assert "s01_T1w.json: an answer of this name already exists" in refused.line
     assert cli(*again, "--overwrite").code == 0
     options = ["--flip", "--overlap", "--min-volume-mm3", "700", "--probabilities"]
     assert cli("predict", segmenter, *scans, "--out", tmp_path / "more", *options).code == 0

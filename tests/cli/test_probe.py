@@ -89,7 +89,7 @@ def test_sessions_without_a_label_are_not_probed(classifier, small_store, monkey
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["nothing to ask", "Give --label COLUMN"]),
+        ([], ["nothing to probe", "Give --label COLUMN"]),
         (["--label", "diagnosi"], ["no column 'diagnosi'", "Did you mean diagnosis?"]),
         (["--label", "diagnosis", "--site", "scaner"], ["no column 'scaner'"]),
     ],

@@ -202,7 +202,7 @@ def test_a_split_file_brings_its_own_folds(small_store, tmp_path):
         "fold-2",
         "fold-3",
     ]
-    with pytest.raises(UsageError, match="has its folds"):
+    with pytest.raises(UsageError, match="already has folds"):
         make_folds(RECIPE, small_store, "age_years", file=tmp_path / "folds.json", folds=3)
     assert isinstance(make_folds(RECIPE, small_store, "age_years"), Split)
 

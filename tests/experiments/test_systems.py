@@ -51,7 +51,7 @@ def test_every_subset_is_a_system_and_the_full_one_comes_first():
     assert len(subsets) == 7
     assert subsets[0].name == "T1w+T2w+FLAIR"
     assert subsets[-1].all_overrides == ("contrasts=[FLAIR]",)
-    with pytest.raises(UsageError, match="one contrast"):
+    with pytest.raises(UsageError, match="two contrasts or more"):
         make_subset_systems(system, ("T1w",))
 
 

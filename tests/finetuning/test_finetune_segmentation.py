@@ -169,5 +169,5 @@ def test_surfaces_are_of_segmentations_only(small_store, tiny_backbone, tmp_path
             tmp_path / "refused", quiet=True,
         )  # fmt: skip
     run = finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / "run", quiet=True)
-    with pytest.raises(UsageError, match="surface_mm: surfaces and empty masks are of a segmentation"):
+    with pytest.raises(UsageError, match="surface_mm: surfaces and empty masks are for segmentations"):
         evaluate(run, small_store, surface_mm=1)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from brainfound.finetuning.scoring import score_predictions
+from brainfound.finetuning.scoring import read_cases, score_predictions, write_cases
 from brainfound.finetuning.tasks import Segmentation, resolve
 from brainfound.models.infer import StackPrediction
 
@@ -52,3 +53,10 @@ def test_codes_that_were_not_learnt_are_said(small_store):
     assert scored.notes == ("mask code 1, in 3 sessions, was not learnt: counted as background",)
     for known in (replace(target, codes=(0, 1)), replace(target, codes=(0, 1), merge=True)):
         assert score_predictions(lambda session, stack: answer, small_store, SESSIONS, known).notes == ()
+
+
+def test_cases_keep_their_classes_whatever_they_are_called(tmp_path):
+    cases = pd.DataFrame({"row": [0, 1], "subject": ["007", "NA"], "session": ["1", "01"], "truth": ["NA", "01"]})
+    cases["p(NA)"] = [0.5, np.nan]
+    write_cases(tmp_path / "cases.tsv", cases, keep_ids=True)
+    pd.testing.assert_frame_equal(read_cases(tmp_path / "cases.tsv"), cases)

@@ -434,7 +434,7 @@ def test_the_model_stays_as_it_was(make, stack, monkeypatch):
     ("task", "config", "how", "words"),
     [
         ("classification", {}, {"method": "rolout"}, "unknown method 'rolout'. Did you mean rollout?"),
-        ("classification", {}, {"method": ()}, "no method was asked for"),
+        ("classification", {}, {"method": ()}, "no method is given"),
         ("classification", {"aggregator": "mean"}, {"method": "slice-attention"}, "'mean' of the model weighs no"),
         ("regression", {"aggregator": "max"}, {"method": "slice-attention"}, "can give: rollout, gradient, pca"),
         ("embedding", {"aggregator": "mean"}, {"method": "gradient"}, "an encoder has no score to follow back"),

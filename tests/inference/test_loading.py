@@ -142,7 +142,7 @@ def test_a_head_without_its_labels_is_not_taken_for_an_encoder(small_store, tiny
 )
 def test_labels_that_say_nothing_are_refused(small_store, encoder_export, tmp_path, labels):
     folder = bundle_of(tmp_path / "b", "sex", small_store, encoder_export, labels=labels)
-    with pytest.raises(ModelError, match="labels do not say what its answers mean.*with 2 names") as error:
+    with pytest.raises(ModelError, match="labels do not describe the answers of the model.*with 2 names") as error:
         load(folder)
     assert "\n" not in str(error.value)
 

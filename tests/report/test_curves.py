@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from brainfound.report.curves import plot_curves
 
 _ALL_KEYS = (
-    "loss", "loss/dino", "loss/ibot", "lr", "teacher_entropy", "effective_rank", "mean_cosine", "gram_distance",
+    "loss", "loss_dino", "loss_ibot", "lr", "teacher_entropy", "effective_rank", "mean_cosine", "gram_distance",
     "grad_norm", "probe", "skipped_steps", "validation/auroc", "validation/loss", "images_per_second",
 )  # fmt: skip
 
@@ -102,13 +102,6 @@ def test_values_that_are_not_finite_are_counted_and_the_best_is_found(tmp_path, 
     texts = [text.get_text() for text in drawn[0].axes[0].texts]
     assert "2 not finite" in texts
     assert drawn[0].axes[0].get_title(loc="right") == "best 0.7 at step 20"
-
-
-def test_folds_are_lines_of_one_panel(tmp_path, drawn):
-    lines = [{"step": s, "fold": fold, "validation/auroc": 0.5 + 0.1 * s} for fold in range(3) for s in range(4)]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    plot_curves(tmp_path)
-    assert [line.get_label() for line in drawn[0].axes[0].get_lines()] == ["fold 2", "fold 1", "fold 0"]
 
 
 def test_long_logs_are_smoothed_without_shifting(tmp_path, drawn):

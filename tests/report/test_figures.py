@@ -74,22 +74,6 @@ def test_a_black_stack_is_drawn(tmp_path, stack):
     assert plot_overlay(np.zeros_like(pixels), ("T1w", "FLAIR"), (True, False), path=path).is_file()
 
 
-def test_what_does_not_fit_is_refused(tmp_path, stack):
-    pixels, mask = stack
-    names, present, path = ("T1w", "FLAIR"), (True, True), tmp_path / "a.png"
-    for arguments in (
-        (pixels.astype(float), names, present),
-        (pixels[0], names, present),
-        (pixels, names[:1], present),
-        (pixels, names, present[:1]),
-        (pixels, names, present, mask[:2]),
-        (pixels, names, present, mask * 0.4),
-    ):
-        with pytest.raises(UsageError):
-            plot_overlay(*arguments, path=path)
-    assert not path.exists()
-
-
 def test_a_reliability_diagram_of_each_curve(tmp_path):
     rng = np.random.default_rng(0)
     shares, labels = rng.dirichlet([1, 1], 60), rng.integers(0, 2, 60)

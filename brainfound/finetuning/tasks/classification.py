@@ -61,7 +61,7 @@ class Classification(VolumeTask):
     problem_type: ClassVar[str | None] = None
 
     shares: tuple[float, ...] = ()
-    """Share of the training sessions in each class (or with each label); empty if an older bundle lacks them."""
+    """Share of the training sessions in each class (or with each label); empty if the labels of a bundle lack them."""
     settings: ClassificationRecipe = field(default=ClassificationRecipe(), kw_only=True, compare=False, repr=False)
 
     @classmethod
