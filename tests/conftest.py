@@ -136,6 +136,12 @@ def small_store(tmp_path_factory, make_cohort):
 
 
 @pytest.fixture(scope="session")
+def source(small_store) -> Path:
+    """The cohort of which the small store was made."""
+    return small_store.path.parent / "source"
+
+
+@pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory) -> Path:
     """A small Dinov2 checkpoint in the Hub's format, with random weights."""
     import torch

@@ -33,11 +33,6 @@ def answers(model, small_store, sessions) -> torch.Tensor:
     return output.predictions if hasattr(output, "predictions") else output.logits.softmax(-1)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def test_a_fitted_regression_starts_better_than_a_random_one(small_store, tiny_backbone):
     target, train, test = held_out(small_store, "age_years", "regression")
     model = BrainFoundForRegression.from_backbone(

@@ -17,6 +17,7 @@ import pytest
 
 import brainfound
 from brainfound.recipes import recipe_folder
+from tests.tiny_runs import log_lines
 
 OBJECTIVE = '''
 """Two crops of a slice should look alike, and slices should not: a small objective of one file."""
@@ -112,7 +113,7 @@ def test_one_file_and_one_line_make_an_objective(store, recipe, tiny_backbone, t
     assert done.returncode == 0, done.stderr[-3000:]
 
     whole, resumed, scratch = (tmp_path / name for name in ("whole", "resumed", "scratch"))
-    lines = [json.loads(text) for text in (whole / "log.jsonl").read_text().splitlines()]
+    lines = log_lines(whole)
     step = next(line for line in lines if "loss" in line)
     assert {"loss_alike", "loss_spread", "effective_rank", "mean_cosine", "grad_norm/backbone"} <= step.keys()
     assert abs(step["loss"] - step["loss_alike"] - 0.2 * step["loss_spread"]) < 1e-5
