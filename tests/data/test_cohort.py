@@ -75,10 +75,6 @@ def test_bids_folder_with_sessions_masks_and_participants(tmp_path, write_scan):
         ("subject\tpath\n1\ta.nii\n", "no column 'contrast'"),
         ("subject\tcontrast\tpath\n1\tT1x\ta.nii\n", "line 2: unknown contrast 'T1x'. Did you mean"),
         ("subject\tcontrast\tpath\n1\tT1w\t\n", "'path' is empty"),
-        (
-            "subject\tcontrast\tpath\tage\n1\tT1w\ta.nii\t30\n1\tT2w\tb.nii\t70\n",
-            "line 3, column 'age_years': rows of one session contradict each other",
-        ),
         ("subject\tcontrast\tpath\n", "no rows"),
     ],
 )

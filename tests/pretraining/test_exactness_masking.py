@@ -55,7 +55,7 @@ def test_every_crop_has_the_same_chance_of_every_count():
     assert statistic < 30  # 6 degrees of freedom: above 30 once in 25,000 draws
 
 
-def test_indices_and_weights_are_those_of_the_loss():
+def test_indices_weights_and_unmasked_crops_are_those_of_the_loss():
     masks = sample_block_masks(12, GRID, np.random.default_rng(2))
     mask = masks.mask.numpy()
     indices, weights = [], []
@@ -67,6 +67,7 @@ def test_indices_and_weights_are_those_of_the_loss():
     assert masks.indices.tolist() == indices
     np.testing.assert_allclose(masks.weights.numpy(), weights, rtol=1e-7)
     assert masks.weights.double().sum().item() == pytest.approx((mask.sum(axis=1) > 0).sum())
+    assert masks.unmasked_crops.tolist() == np.flatnonzero(~mask.any(axis=1)).tolist() != []
 
 
 def rectangles(mask: np.ndarray) -> list[tuple[int, int]]:
