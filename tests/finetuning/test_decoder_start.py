@@ -46,7 +46,7 @@ def loss(model, small_store, target) -> float:
 
 @pytest.mark.parametrize("regions", [None, REGIONS])
 @pytest.mark.parametrize("decoder", ["linear", "fpn", "unetr"])
-def test_a_fitted_fitted_headss_better_than_a_random_one(small_store, tiny_backbone, decoder, regions):
+def test_a_fitted_decoder_starts_better_than_a_random_one(small_store, tiny_backbone, decoder, regions):
     model, target = make(small_store, tiny_backbone, regions, decoder=decoder)
     before = loss(model, small_store, target)
     fit(model, small_store, target)
