@@ -86,6 +86,7 @@ def test_an_image_under_two_names_is_on_one_side(target):
     store = TableStore(table(age_years=np.linspace(20, 80, 24), image_hash=hashes))
     probe = Probe(store, ProbeRecipe(target=target, slices_per_session=2), seed=0)
     per_session = 2 if target == "slice_position" else 1
+    assert len(probe.folds) == ProbeRecipe().folds
     for fold in probe.folds:
         train, test = ({hashes[i // per_session] for i in fold[part]} for part in ("train", "test"))
         assert train
