@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 
 # Before torch is imported anywhere: the suite runs on small machines, and no test may reach a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -87,6 +90,29 @@ def write_scan(tmp_path: Path, head: Head):
     return write
 
 
+@pytest.fixture
+def package_copy(tmp_path: Path) -> Path:
+    """A copy of the package, to be changed."""
+    import brainfound
+
+    folder = tmp_path / "package" / "brainfound"
+    shutil.copytree(Path(brainfound.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.fixture
+def run_on_copy(package_copy: Path, tmp_path: Path):
+    """Run a program with the changed package: run_on_copy(program, *arguments)."""
+
+    def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "program.py").write_text(program)
+        environment = {**os.environ, "PYTHONPATH": str(package_copy.parent), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "program.py", *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def make_cohort(head: Head):
     """Write a small manifest cohort: 3-mm heads whose brightness grows with age, with lesions in half of them."""
@@ -133,6 +159,12 @@ def small_store(tmp_path_factory, make_cohort):
     folder = tmp_path_factory.mktemp("cohort")
     cohort = make_cohort(folder / "source", num_subjects=12)
     return prepare(cohort, folder / "store", Preprocessing(spacing_mm=(4, 4, 4), size=(32, 32)))
+
+
+@pytest.fixture(scope="session")
+def source(small_store) -> Path:
+    """The cohort of which the small store was made."""
+    return small_store.path.parent / "source"
 
 
 @pytest.fixture(scope="session")

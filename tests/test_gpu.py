@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import brainfound
+from tests.tiny_runs import log_lines
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -31,7 +32,7 @@ def test_pretraining_and_fine_tuning_in_bfloat16(small_store, tiny_backbone, tmp
     )
     facts = json.loads((run / "run.json").read_text())
     assert facts["device"].startswith("cuda")
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = log_lines(run)
     assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
     overrides = ["engine.steps=3", "engine.batch_size=2", "num_slices=4", "evaluate_every=0", "engine.precision=bf16"]
     tuned = brainfound.finetune(

@@ -15,7 +15,6 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from brainfound.data.cohort import Cohort
 from brainfound.data.preprocessing.session import prepare_session
@@ -33,6 +32,7 @@ from brainfound.metrics import dice
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.recipes import validate
+from tests.tiny_runs import _one_thread, log_lines  # noqa: F401
 
 COARSE = Preprocessing(spacing_mm=(4, 4, 4), size=(56, 56))
 PRETRAINING = {
@@ -48,14 +48,6 @@ FINETUNING = {
     "num_slices": 2,
     "engine": {"steps": 2, "batch_size": 1, "precision": "no", "log_every": 1, "num_workers": 0},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def join_manifests(real_data: Path, cohorts: list[str], out: Path) -> Path:
@@ -97,10 +89,6 @@ def tuned(store, pretrained) -> Path:
 @pytest.fixture(scope="module")
 def predictor(tuned) -> Predictor:
     return load(tuned)
-
-
-def log_lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def prepare_first(cohort: Path, preprocessing: Preprocessing) -> tuple[Stack, Cohort]:

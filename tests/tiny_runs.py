@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nibabel as nib
@@ -9,8 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.splits.split_file import Split
 from brainfound.data.store import Store
 from brainfound.data.store.prepare import prepare
 from brainfound.models import BrainFoundConfig, BrainFoundModel
@@ -74,7 +77,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return make_store(tmp_path_factory.mktemp("cohort"))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -104,6 +107,26 @@ def tiny_recipe(*overrides: str) -> PretrainRecipe:
 def recipe():
     """A maker of tiny recipes: ``recipe("engine.steps=4", …)``."""
     return tiny_recipe
+
+
+def log_lines(run: Path, key: str | None = None, file: str = "log.jsonl") -> list[dict]:
+    """The lines of a run's log; with a key those that have it."""
+    lines = [json.loads(text) for text in (run / file).open()]
+    return [line for line in lines if key is None or key in line]
+
+
+def untimed_lines(run: Path, key: str | None = None, file: str = "log.jsonl") -> list[dict]:
+    """The lines of a log without what no two runs share."""
+    timing = {"seconds_per_step", "images_per_second", "data_wait"}
+    return [{name: value for name, value in line.items() if name not in timing} for line in log_lines(run, key, file)]
+
+
+def checkpoint_tensors(run: Path, step: int, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:06d}" / file)
+
+
+def subjects_by_part(run: Path) -> dict[str, set[str]]:
+    return {part: set(names) for part, names in Split.load(run / "splits.json").parts().items()}
 
 
 def tiny_model(seed: int = 0) -> BrainFoundModel:

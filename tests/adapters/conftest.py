@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import Dinov2Config, Dinov2Model
 
 from brainfound.adapters import AdapterRecipe, attach_adapter
 from brainfound.data.preprocessing.settings import Preprocessing
@@ -12,6 +11,7 @@ from brainfound.models import (
     BrainFoundForSegmentation,
     BrainFoundModel,
 )
+from tests.tiny_backbones import _seed, backbone_folder  # noqa: F401
 
 CONTRASTS = ("T1w", "FLAIR")
 KINDS = {
@@ -22,23 +22,7 @@ KINDS = {
 
 
 @pytest.fixture(scope="session")
-def backbone_folder(tmp_path_factory):
-    """A plain Dinov2 of 3 blocks, width 32, patch 8."""
-    torch.manual_seed(7)
-    folder = tmp_path_factory.mktemp("adapters") / "plain"
-    config = Dinov2Config(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, mlp_ratio=2, patch_size=8, image_size=40
-    )
-    model = Dinov2Model(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def export_folder(backbone_folder, tmp_path_factory):
+def export_folder(backbone_folder, tmp_path_factory):  # noqa: F811
     """A saved BrainFoundModel over two contrasts, as pretraining exports it."""
     folder = tmp_path_factory.mktemp("adapters") / "export"
     BrainFoundModel.from_backbone(backbone_folder, CONTRASTS, aggregator="attention").save_pretrained(folder)
@@ -57,11 +41,6 @@ def inputs():
         "contrast_mask": torch.tensor([[True, True], [False, True]]),
         "slice_mask": torch.tensor([[True] * 4, [True, True, False, False]]),
     }
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

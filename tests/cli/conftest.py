@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from brainfound.cli.main import main
+from tests.tiny_runs import _few_resamples  # noqa: F401
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,6 @@ class Answer:
         assert len(lines) == 1, self.err
         assert lines[0].startswith("brainfound: ")
         return lines[0]
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _few_resamples():
-    """Intervals of 2,000 resamples take longer than tiny runs; what an interval is has tests of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("brainfound.finetuning.scoring.NUM_RESAMPLES", 50)
-        yield
 
 
 @pytest.fixture

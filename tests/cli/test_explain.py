@@ -14,12 +14,6 @@ import pytest
 CONTRASTS = ("T1w", "T2w", "FLAIR")
 
 
-@pytest.fixture
-def source(small_store) -> Path:
-    """The cohort of which the small store was made."""
-    return small_store.path.parent / "source"
-
-
 def test_one_session_gets_its_maps(cli, classifier, source, tmp_path):
     scans = [source / f"s01_{contrast}.nii.gz" for contrast in ("T1w", "FLAIR")]
     answer = cli("explain", classifier, *scans, "--out", tmp_path / "maps", "--class", "patient")

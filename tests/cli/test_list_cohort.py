@@ -1,4 +1,4 @@
-"""``brainfound list cohort``: the summary names nobody, the rows name everybody, JSON holds all."""
+"""``brainfound list``: recipes, adapters and contrasts by name; of a cohort a summary, rows and JSON."""
 
 from __future__ import annotations
 
@@ -36,6 +36,25 @@ def run(*arguments: object) -> str:
         raise result.exception
     assert result.exit_code == 0
     return result.output
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("recipes", "pretrain-vits14-laptop {about}"),
+        ("adapters", "lora-r8 {about}"),
+        ("contrasts", "T1ce {about} (t1c, t1ce, "),
+    ],
+)
+def test_lists_have_names_and_what_they_stand_for(kind, line):
+    rows = json.loads(run("list", kind, "--json"))
+    text = run("list", kind).splitlines()
+    assert len(text) == len(rows) > 5
+    name = line.split()[0]
+    (row,) = [row for row in rows if row["name"].strip() == name]
+    assert len(row["about"]) > 10
+    (printed,) = [" ".join(words.split()) for words in text if words.split()[0] == name]
+    assert printed.startswith(line.format(about=row["about"]))
 
 
 def test_the_summary_counts_and_names_nobody(source):
@@ -106,3 +125,12 @@ def test_what_a_later_row_of_a_session_says_counts_too(tmp_path):
     assert facts["age_years"] == {"min": 40, "median": 45, "max": 50}
     assert facts["sessions_without_age"] == 0
     assert facts["sex"] == {"F": 1, "not known": 1}
+    text = " ".join(run("list", "cohort", tmp_path, "--sessions").split())
+    assert "40–50 years, median 45 label maps none" in text  # and no session without
+    assert text.endswith("1 1 T1w,T2w 40 F 2 1 T1w 50")
+
+
+def test_a_cohort_without_ages_says_so(tmp_path):
+    (tmp_path / "manifest.tsv").write_text("subject\tcontrast\tpath\n1\tT1w\ta.nii\n")
+    text = " ".join(run("list", "cohort", tmp_path).split())
+    assert "age not known label maps none files not used none" in text

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
-
-
-@pytest.fixture
-def source(small_store) -> Path:
-    """The cohort of which the small store was made."""
-    return small_store.path.parent / "source"
 
 
 def test_options_reach_the_files(cli, segmenter, source, tmp_path):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
+import pandas as pd
 import pytest
 
+from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.splits.split_file import Split
+from brainfound.data.store.prepare import prepare
 
 
 def test_folds_are_written_and_shown(cli, small_store, tmp_path):
     out = tmp_path / "folds.json"
     answer = cli("split", small_store.path, out, "--folds", 3, "--stratify", "diagnosis,site", quiet=False)
-    assert answer.code == 0, answer.err
+    assert (answer.code, answer.err) == (0, "")
     assert list(Split.load(out).folds) == ["fold-1", "fold-2", "fold-3"]
     assert "fold-3" in answer.out
     assert "healthy 2, patient 2" in answer.out
@@ -34,6 +39,35 @@ def test_a_cohort_that_is_tested_elsewhere_has_no_test_part(cli, small_store, tm
         assert len(parts["validation"]) == 3
     answer = cli("split", small_store.path, tmp_path / "b.json", "--test", 0, "--validation", 0, quiet=False)
     assert (answer.code, "above 0 and below 1" in answer.line) == (2, True)
+
+
+def test_a_file_that_is_no_split_is_not_replaced(cli, small_store, tmp_path):
+    (tmp_path / "notes.json").write_text("mine")
+    answer = cli("split", small_store.path, tmp_path / "notes.json", quiet=False)
+    assert (answer.code, "--overwrite" in answer.line) == (2, True)
+    assert (tmp_path / "notes.json").read_text() == "mine"
+
+
+def test_shared_images_sites_without_a_fold_and_missing_labels_are_stated(cli, make_cohort, tmp_path):
+    source = make_cohort(tmp_path / "source", num_subjects=12, contrasts=("T1w",))
+    shutil.copy(source / "s00_T1w.nii.gz", source / "s01_T1w.nii.gz")
+    table = pd.read_csv(source / "manifest.tsv", sep="\t", dtype=str)
+    table["site"] = list("ABACACCCACCA")  # the only subject of B has the image of a subject of A
+    table.loc[7, "age_years"] = None
+    table.to_csv(source / "manifest.tsv", sep="\t", index=False)
+    settings = Preprocessing(contrasts=("T1w",), spacing_mm=(4, 4, 4), size=(32, 32))
+    store = prepare(source, tmp_path / "store", settings).path
+    answer = cli("split", store, tmp_path / "a.json", "--leave-site-out", "--stratify", "age_years", quiet=False)
+    assert answer.code == 0, answer.err
+    assert list(Split.load(tmp_path / "a.json").folds) == ["site-A", "site-C"]
+    said = " ".join(answer.err.split())
+    assert "site B has no fold: all of its subjects were seen at another site too" in said
+    assert re.search(r"1 subjects? \w+ an image of another subject: kept in one part with it", said)
+    rows = [" ".join(line.split()) for line in answer.out.splitlines()]
+    (tested,) = [row for row in rows if "site-C test" in row]
+    assert "site-C test 6 6 age_years: 37.5 to 72.5, median 52.5, 1 missing; site: C 6" in tested
+    answer = cli("split", store, tmp_path / "b.json", "--target", "age_years", quiet=False)
+    assert "single left out 1 –" in " ".join(answer.out.split())
 
 
 def test_json_has_counts_and_no_names(cli, small_store, tmp_path):

@@ -47,13 +47,12 @@ def test_intervals_and_the_frozen_baseline_stand_in_the_line():
         "r2 0.500 (trivial 0.000, frozen 0.250)"
     )
     line = intervals_line([result])
-    assert line is not None
     assert line.startswith("[…]: 95% interval, bootstrap over 12 subjects, 2000 resamples")
     assert "too few" in line
     assert line.endswith("; no interval where many resamples leave the score undefined")
     ends["mae"]["num_subjects"] = ends["r2"]["num_subjects"] = 20
     enough = intervals_line([result])
-    assert enough is not None
+    assert enough.startswith("[…]: 95% interval, bootstrap over 20 subjects")
     assert "too few" not in enough
     assert intervals_line([{"scores": {}}]) is None
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
-from brainfound.data.cohort import Cohort
+from brainfound.data.cohort import Cohort, Session
 from brainfound.errors import CohortError
 
 
@@ -75,10 +77,6 @@ def test_bids_folder_with_sessions_masks_and_participants(tmp_path, write_scan):
         ("subject\tpath\n1\ta.nii\n", "no column 'contrast'"),
         ("subject\tcontrast\tpath\n1\tT1x\ta.nii\n", "line 2: unknown contrast 'T1x'. Did you mean"),
         ("subject\tcontrast\tpath\n1\tT1w\t\n", "'path' is empty"),
-        (
-            "subject\tcontrast\tpath\tage\n1\tT1w\ta.nii\t30\n1\tT2w\tb.nii\t70\n",
-            "line 3, column 'age_years': rows of one session contradict each other",
-        ),
         ("subject\tcontrast\tpath\n", "no rows"),
     ],
 )
@@ -86,6 +84,23 @@ def test_faulty_manifests_are_refused(tmp_path, content, message):
     (tmp_path / "manifest.tsv").write_text(content)
     with pytest.raises(CohortError, match=message):
         Cohort.read(tmp_path)
+
+
+def test_sessions_come_in_order(tmp_path):
+    rows = "b\t2\tT1w\tx.nii\nb\t1\tT1w\ty.nii\na\t9\tFLAIR\tz.nii\n"
+    (tmp_path / "manifest.tsv").write_text(f"subject\tsession\tcontrast\tpath\n{rows}")
+    cohort = Cohort.read(tmp_path)
+    assert [(s.subject, s.session) for s in cohort.sessions()] == [("a", "9"), ("b", "1"), ("b", "2")]
+    assert repr(cohort) == "Cohort(manifest, 3 sessions of 2 subjects: T1w 2, FLAIR 1)"
+
+
+def test_candidates_are_the_wanted_scans_in_order_and_a_file_counts_for_one_contrast():
+    first, second, third, fourth = (Path(f"{name}.nii") for name in "abcd")
+    extra = (("T1w", third), ("T1w", first), ("FLAIR", first), ("SWI", fourth))
+    session = Session("s", "1", {"T1w": first, "FLAIR": second, "SWI": fourth}, {}, {}, extra)
+    scans, repeated = session.candidates(("FLAIR", "T1w", "T2w"))
+    assert list(scans.items()) == [("FLAIR", [second]), ("T1w", [first, third])]
+    assert repeated == [("FLAIR", first, "T1w")]
 
 
 def test_folders_without_scans_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -170,6 +171,15 @@ def test_a_comparison_of_few_subjects_says_why_it_has_no_intervals(tmp_path):
     assert "bootstraps over subjects; no 95% interval of 2 subjects: it needs 6 or more; p is of" in compared
 
 
+@pytest.fixture
+def few_permutations(monkeypatch):
+    """`compare` with fewer drawings, as the page asks for it and as the test does."""
+    fewer = partial(compare, num_resamples=100, num_permutations=300)
+    monkeypatch.setattr("brainfound.experiments.folder.compare", fewer)
+    return fewer
+
+
+@pytest.mark.usefixtures("few_permutations")
 def test_systems_that_answer_several_labels_are_compared_by_their_mean(tmp_path):
     table = runs(systems=("base", "better"), seeds=(0,)).rename(columns=lambda name: name.replace("mae", "auroc"))
     folder = write(tmp_path / "grid", table, kind="comparison", task="classification", headline="auroc")
@@ -190,7 +200,7 @@ def test_systems_that_answer_several_labels_are_compared_by_their_mean(tmp_path)
     assert "## Against base, by auroc" in page
 
 
-def test_the_page_and_a_comparison_of_seeds_say_the_same(tmp_path):
+def test_the_page_and_a_comparison_of_seeds_say_the_same(tmp_path, few_permutations):
     """The seeds of a system are scored one by one; put together, scores on scales of their own would be ranked."""
     table = runs(systems=("a", "b"), folds=("fold-1",), seeds=(0, 1)).rename(
         columns=lambda name: name.replace("mae", "auroc")
@@ -211,7 +221,7 @@ def test_the_page_and_a_comparison_of_seeds_say_the_same(tmp_path):
     pd.DataFrame(rows).to_csv(folder / "cases.tsv", sep="\t", index=False)
     write_experiment_page(folder)
     found = pd.read_csv(folder / "comparison.tsv", sep="\t").set_index("system")
-    expected = compare(tables, "a", ["auroc"]).set_index("system")
+    expected = few_permutations(tables, "a", ["auroc"]).set_index("system")
     for name in ("value", "difference", "p", "num_cases"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-6)
 

@@ -40,7 +40,6 @@ RECIPE = validate(FinetuneRecipe, TINY)
 def runs(monkeypatch):
     """The folders of the runs that were made."""
     made = []
-    monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
     monkeypatch.setattr("brainfound.experiments.page.draw_figure", lambda experiment: None)
     finetune = repeated.finetune
 

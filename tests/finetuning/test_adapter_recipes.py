@@ -23,12 +23,6 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    torch.set_num_threads(1)
-    monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
-
-
 def run_with(adapter, store, backbone, out, *overrides, **options):
     recipe = validate(FinetuneRecipe, TINY, overrides)
     return finetune(recipe, store, backbone, "age_years", out, adapter=adapter, quiet=True, **options)

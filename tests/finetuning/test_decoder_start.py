@@ -23,11 +23,6 @@ KEY = StepKey(seed=0, step=0, micro_batch=0, rank=0)
 REGIONS = {"whole": [1, 2], "core": [1]}
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def make(small_store, tiny_backbone, regions=None, **fields) -> tuple[BrainFoundForSegmentation, Segmentation]:
     target = resolve(small_store, TRAIN, "mask", SegmentationRecipe(regions=regions or {}))
     fields = {"decoder_width": 16, "num_labels": len(target.names), "overlapping_labels": bool(regions)} | fields
@@ -51,7 +46,7 @@ def loss(model, small_store, target) -> float:
 
 @pytest.mark.parametrize("regions", [None, REGIONS])
 @pytest.mark.parametrize("decoder", ["linear", "fpn", "unetr"])
-def test_a_fitted_fitted_headss_better_than_a_random_one(small_store, tiny_backbone, decoder, regions):
+def test_a_fitted_decoder_starts_better_than_a_random_one(small_store, tiny_backbone, decoder, regions):
     model, target = make(small_store, tiny_backbone, regions, decoder=decoder)
     before = loss(model, small_store, target)
     fit(model, small_store, target)

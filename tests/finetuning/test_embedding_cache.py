@@ -15,6 +15,7 @@ from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.models import BrainFoundForRegression, BrainFoundModel
 from brainfound.recipes import validate
+from tests.tiny_runs import log_lines
 
 TINY = {
     "name": "tiny",
@@ -146,7 +147,6 @@ def test_training_on_kept_embeddings_is_training_on_images_that_stay_as_they_are
     small_store, tiny_backbone, tmp_path, monkeypatch, calls
 ):
     """The same losses, but for rounding, as with images of which the same slices are read, unchanged."""
-    monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
     recipe = validate(FinetuneRecipe, TINY)
     kept = finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / "kept", quiet=True)
     num_sessions = len(calls)
@@ -160,7 +160,7 @@ def test_training_on_kept_embeddings_is_training_on_images_that_stay_as_they_are
     images = finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / "images", quiet=True)
     asked = []
     monkeypatch.setattr("brainfound.finetuning.scoring.infer", lambda *_: asked.append(0))
-    losses = [[json.loads(line)["loss"] for line in (run / "log.jsonl").open()] for run in (kept, images)]
+    losses = [[line["loss"] for line in log_lines(run)] for run in (kept, images)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert len(calls) == num_sessions
     scores = [json.loads((run / "scores.json").read_text())["scores"]["mae"] for run in (kept, images)]
@@ -175,7 +175,6 @@ def test_training_on_kept_embeddings_is_training_on_images_that_stay_as_they_are
 
 
 def test_a_run_that_was_cut_off_while_it_embedded_is_begun_again(small_store, tiny_backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
     embed, recipe = EmbeddingCache._embed, validate(FinetuneRecipe, TINY)
 
     def interrupted(self, session):

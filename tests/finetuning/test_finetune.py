@@ -35,6 +35,7 @@ from brainfound.finetuning.volumes import VolumeReader
 from brainfound.inference.evaluation import evaluate
 from brainfound.models.infer import unwrap_peft
 from brainfound.recipes import validate
+from tests.tiny_runs import log_lines, subjects_by_part
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
 
@@ -60,22 +61,17 @@ def tiny(*overrides: str) -> FinetuneRecipe:
     return validate(FinetuneRecipe, TINY, overrides)
 
 
-def lines(run: Path, key: str = "loss") -> list[dict]:
-    return [line for text in (run / "log.jsonl").open() if key in (line := json.loads(text))]
+def of_training(store, run: Path, column: str) -> pd.Series:
+    return store.sessions.loc[store.sessions["subject"].isin(subjects_by_part(run)["train"]), column]
 
 
 def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in lines(run)]
-
-
-def members(run: Path) -> dict[str, set[str]]:
-    return {part: set(names) for part, names in Split.load(run / "splits.json").parts().items()}
+    return [line["loss"] for line in log_lines(run, "loss")]
 
 
 @pytest.fixture(scope="module")
 def six_steps(small_store, tiny_backbone, tmp_path_factory) -> Path:
     """A regression of six steps with a checkpoint in the middle; tests copy it before they change it."""
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("finetune") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
@@ -103,9 +99,9 @@ def test_each_task_trains_and_leaves_a_whole_run(small_store, tiny_backbone, tmp
     monkeypatch.setattr(VolumeReader, "read", spy)
     recipe = tiny("head_fit_passes=1", OWN[COLUMNS[task]])
     run = finetune(recipe, small_store, tiny_backbone, COLUMNS[task], tmp_path / "run", quiet=True)
-    assert len(lines(run)) == 3
+    assert len(log_lines(run, "loss")) == 3
     assert all(np.isfinite(losses(run)))
-    parts = members(run)
+    parts = subjects_by_part(run)
     assert set(parts) == {"train", "validation", "test"}
     assert sum(map(len, parts.values())) == len(set().union(*parts.values())) == 12
     subjects = small_store.sessions["subject"]
@@ -207,14 +203,10 @@ def test_what_the_validation_part_calibrates_stands_beside_the_scores(small_stor
     width = said["interval"]["half_width"] * answer["standard_deviation"]
     low, high = answer["value"] - width, answer["value"] + width
     assert answer["interval"] == {"low": pytest.approx(low), "high": pytest.approx(high), "confidence": 0.5}
-    ages = small_store.sessions["age_years"].to_numpy()[small_store_rows(small_store, members(run)["train"])]
+    ages = of_training(small_store, run, "age_years").to_numpy()
     margin = 0.1 * np.ptp(ages)
     config = json.loads((run / "export" / "config.json").read_text())
     assert config["regression_range"] == pytest.approx([ages.min() - margin, ages.max() + margin])
-
-
-def small_store_rows(store, subjects: set[str]) -> list[int]:
-    return [row for row, subject in enumerate(store.sessions["subject"]) if subject in subjects]
 
 
 def test_a_run_in_bf16_answers_as_its_bundle_does(small_store, tiny_backbone, tmp_path):
@@ -232,7 +224,7 @@ def test_weighted_and_focal(small_store, tiny_backbone, tmp_path, monkeypatch):
     monkeypatch.setitem(small_store.sessions, "diagnosis", ["a", "b", "b", "b"] * 3)
     recipe = tiny("task=classification", "task.class_weights=balanced", "task.focal_gamma=2")
     run = finetune(recipe, small_store, tiny_backbone, "diagnosis", tmp_path / "run", quiet=True)
-    learnt = small_store.sessions["diagnosis"].iloc[small_store_rows(small_store, members(run)["train"])].tolist()
+    learnt = of_training(small_store, run, "diagnosis").tolist()
     config = load_bundle(run / "export").model.config
     assert config.classification_focal_gamma == 2
     assert config.class_weights == pytest.approx([len(learnt) / (2 * learnt.count(name)) for name in "ab"])
@@ -407,12 +399,12 @@ def test_another_run_learns_and_tests_on_the_same_subjects(six_steps, small_stor
         tiny(other, "engine.steps=1"), small_store, tiny_backbone, "diagnosis", run,
         split=six_steps / "splits.json", quiet=True,
     )  # fmt: skip
-    assert members(run) == members(six_steps)
+    assert subjects_by_part(run) == subjects_by_part(six_steps)
 
     # The continuation follows the run's own split, whether or not it is told again.
     shutil.rmtree(run / "checkpoints")
     finetune(tiny(other, "engine.steps=1"), small_store, tiny_backbone, "diagnosis", run, resume=True, quiet=True)
-    assert members(run) == members(six_steps)
+    assert subjects_by_part(run) == subjects_by_part(six_steps)
     own = (run / "splits.json").read_text()
     finetune(
         tiny(other, "engine.steps=1"), small_store, tiny_backbone, "diagnosis", run,
@@ -503,7 +495,7 @@ def test_two_ranks_train_together(small_store, tiny_backbone, tmp_path):
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2
-    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+    assert [line["step"] for line in log_lines(tmp_path / "run", "loss")] == [1, 2, 3]
     load_bundle(tmp_path / "run" / "export")
 
 

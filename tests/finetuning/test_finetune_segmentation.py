@@ -32,12 +32,6 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    torch.set_num_threads(1)
-    monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
-
-
 def test_overlapping_labels_from_recipe_to_files(small_store, tiny_backbone, tmp_path):
     overrides = [
         "task.decoder=unetr",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,6 +17,7 @@ from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.splits import SplitRecipe, make_split, split_from_file, split_sessions, write_split
 from brainfound.finetuning.tasks import TargetColumn
 from brainfound.recipes import validate
+from tests.table_store import TableStore
 
 
 @pytest.fixture
@@ -32,22 +32,11 @@ def table_store():
         "age_years": [20.0 + n / 2 for n in range(80)],
         "site": [f"site{n // 2 % 4}" for n in range(80)],
     }
-    return store_of(pd.DataFrame(columns))
+    return TableStore(pd.DataFrame(columns))
 
 
 def divide(recipe, store, target: str, file=None, fold=None, notify=None):
     return split_sessions(recipe, store, TargetColumn.find(store, target), file, fold, notify)
-
-
-def store_of(table: pd.DataFrame):
-    class TableStore(SimpleNamespace):
-        def __len__(self) -> int:
-            return len(self.sessions)
-
-        def covariate(self, name: str) -> pd.Series:
-            return self.sessions[name]
-
-    return TableStore(sessions=table, content_hash="abc", path=Path("stores/table"), withheld=())
 
 
 def names_of(store, parts) -> dict[str, set[str]]:
@@ -171,7 +160,7 @@ def test_what_is_left_out_is_told(table_store, tmp_path):
     names = sorted(set(table_store.sessions["subject"]))
     renamed = table_store.sessions["subject"].replace({names[0]: "new-1", names[5]: "new-2"})
     diagnosis = table_store.sessions["diagnosis"].where(table_store.sessions["subject"] != names[7])
-    other = store_of(table_store.sessions.assign(subject=renamed, diagnosis=diagnosis))
+    other = TableStore(table_store.sessions.assign(subject=renamed, diagnosis=diagnosis))
     said: list[str] = []
     parts = divide(RECIPE, other, "diagnosis", tmp_path / "split.json", notify=said.append)
     assert [line.split(" subjects")[0] for line in said[:2]] == ["2 of 40", "2 of 40"]
@@ -226,7 +215,7 @@ def test_a_bundle_knows_its_subjects_again_and_names_none(table_store):
 def test_a_known_image_is_known_under_another_name(table_store):
     parts = divide(RECIPE, table_store, "diagnosis", None)
     split = hash_split(table_store, parts)
-    renamed = store_of(table_store.sessions.assign(subject=[f"other-{n // 2}" for n in range(80)]))
+    renamed = TableStore(table_store.sessions.assign(subject=[f"other-{n // 2}" for n in range(80)]))
     assert not is_in_parts(split, renamed, range(80), "train", "validation").any()
     assert np.flatnonzero(seen_in_training(split, renamed, range(80))).tolist() == sorted(
         [*parts["train"], *parts["validation"]]
@@ -244,9 +233,9 @@ def test_a_history_knows_subjects_of_each_training_by_name_or_image(table_store,
     assert again == both
     learnt = {*range(10), *parts["train"], *parts["validation"]}
     assert set(np.flatnonzero(again.seen(table_store, range(80)))) == learnt, "a test part is not learnt from"
-    renamed = store_of(table_store.sessions.assign(subject=[f"other-{n // 2}" for n in range(80)]))
+    renamed = TableStore(table_store.sessions.assign(subject=[f"other-{n // 2}" for n in range(80)]))
     assert set(np.flatnonzero(again.seen(renamed, range(80)))) == learnt
-    others = store_of(renamed.sessions.assign(image_hash=[f"new-{n}" for n in range(80)]))
+    others = TableStore(renamed.sessions.assign(image_hash=[f"new-{n}" for n in range(80)]))
     assert not again.seen(others, range(80)).any()
 
 

@@ -21,6 +21,7 @@ from brainfound.finetuning.tasks import (
 from brainfound.finetuning.tasks.base import VolumeScorer, target_columns
 from brainfound.finetuning.tasks.classification import MultiLabelClassification
 from brainfound.finetuning.tasks.segmentation import OverlappingSegmentation
+from brainfound.metrics.registry import task_metrics
 from brainfound.models.infer import StackPrediction
 from brainfound.recipes import validate
 
@@ -228,4 +229,5 @@ def test_the_trivial_answer_of_several_labels():
 def test_a_bundle_without_shares_has_no_trivial_scores():
     task = Classification("diagnosis", ("no", "yes"))
     scores = trivial_scores(task, [0, 1], StackPrediction(probabilities=np.array([0.5, 0.5])))
-    assert all(np.isnan(value) for value in scores.values())
+    assert list(scores) == [metric.name for metric in task_metrics("classification")]
+    assert np.isnan(list(scores.values())).all()

@@ -33,15 +33,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def store(small_store, tmp_path_factory):
     """Eight sessions with two labels that do not exclude each other; the last one has no diagnosis."""

@@ -10,25 +10,11 @@ import torch
 from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.tasks import Segmentation
+from brainfound.inference.loading import load
 from brainfound.inference.predictor import Predictor
 from brainfound.models import BrainFoundForSegmentation, BrainFoundModel
 from brainfound.recipes import validate
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _few_resamples():
-    """Intervals of 2,000 resamples take longer than tiny runs; what an interval is has tests of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("brainfound.finetuning.scoring.NUM_RESAMPLES", 50)
-        yield
+from tests.tiny_runs import _few_resamples, _no_pictures, _one_thread  # noqa: F401
 
 
 @pytest.fixture(scope="session")
@@ -48,10 +34,9 @@ def run(small_store, tiny_backbone, tmp_path_factory) -> Path:
         return finetune(validate(FinetuneRecipe, content), small_store, tiny_backbone, "diagnosis", out, quiet=True)
 
 
-@pytest.fixture(scope="session")
-def source(small_store) -> Path:
-    """The cohort of which the small store was made."""
-    return small_store.path.parent / "source"
+@pytest.fixture(scope="module")
+def predictor(run) -> Predictor:
+    return load(run)
 
 
 @pytest.fixture(scope="session")

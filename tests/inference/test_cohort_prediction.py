@@ -12,17 +12,11 @@ from brainfound.data.cohort import Cohort
 from brainfound.errors import ModelError, ScanError
 from brainfound.inference import predictor as predictor_module
 from brainfound.inference.cohort import predict
-from brainfound.inference.loading import load
 from brainfound.inference.predictor import Predictor
 
 NUM_SESSIONS = 5
 LONG = 60
 """Seconds after which a test that waits for another thread gives up."""
-
-
-@pytest.fixture(scope="module")
-def predictor(run):
-    return load(run)
 
 
 @pytest.fixture(scope="module")

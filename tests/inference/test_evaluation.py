@@ -10,17 +10,13 @@ import pandas as pd
 import pytest
 
 from brainfound.data.preprocessing.settings import Preprocessing
-from brainfound.data.splits.split_file import Split
 from brainfound.data.splits.training_history import subject_hash
 from brainfound.data.store.prepare import prepare
 from brainfound.errors import ModelError, UsageError
 from brainfound.inference.evaluation import compute_drops, evaluate
 from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.comparison import compare, score_intervals
-
-
-def members(run) -> dict[str, set[str]]:
-    return {part: set(names) for part, names in Split.load(run / "splits.json").parts().items()}
+from tests.tiny_runs import subjects_by_part
 
 
 def subjects(result) -> set[str]:
@@ -47,14 +43,14 @@ def other_store(source, small_store, make_cohort, tmp_path_factory):
 
 def test_the_test_part_gets_the_scores_that_the_run_wrote(run, small_store):
     (result,) = evaluate(run, small_store)
-    assert subjects(result) == members(run)["test"]
+    assert subjects(result) == subjects_by_part(run)["test"]
     written = json.loads((run / "scores.json").read_text())
     assert result.to_dict()["scores"] == pytest.approx(written["scores"])
     assert result.to_dict()["trivial"] == pytest.approx(written["trivial"])
     metric, value, trivial = result.headline
     assert (metric, value, trivial) == ("auroc", result.scores["auroc"], 0.5)
     (watched,) = evaluate(run, small_store, part="validation")
-    assert subjects(watched) == members(run)["validation"]
+    assert subjects(watched) == subjects_by_part(run)["validation"]
 
 
 def test_cases_of_an_evaluation_are_what_a_comparison_takes(run, small_store):
@@ -70,25 +66,25 @@ def test_cases_of_an_evaluation_are_what_a_comparison_takes(run, small_store):
 def test_a_bundle_remembers_its_split_wherever_it_lies(run, small_store, tmp_path):
     moved = shutil.copytree(run / "export", tmp_path / "elsewhere")
     (result,) = evaluate(moved, small_store)
-    assert subjects(result) == members(run)["test"]
+    assert subjects(result) == subjects_by_part(run)["test"]
     assert result.to_dict() == evaluate(run, small_store)[0].to_dict()
 
 
 def test_a_bundle_names_no_subject(run):
     text = (run / "export" / "bundle.json").read_text()
     split = json.loads(text)["metadata"]["split"]
-    for part, names in members(run).items():
+    for part, names in subjects_by_part(run).items():
         assert split["subjects"][part] == sorted(subject_hash(name, split["salt"], split["rounds"]) for name in names)
         assert not any(f'"{name}"' in text for name in names)
     card = (run / "export" / "README.md").read_text()
-    assert not any(name in card for names in members(run).values() for name in names)
+    assert not any(name in card for names in subjects_by_part(run).values() for name in names)
 
 
 def test_another_cohort_never_scores_who_was_learnt_from(run, other_store, tmp_path):
-    known = members(run)["train"] | members(run)["validation"]
+    known = subjects_by_part(run)["train"] | subjects_by_part(run)["validation"]
     expected = set(other_store.sessions["subject"]) - known - {f"new-{name}" for name in known}
     assert {"other-s00", "other-s01"} <= expected
-    assert members(run)["test"] - {"s00"} <= expected
+    assert subjects_by_part(run)["test"] - {"s00"} <= expected
     moved = shutil.copytree(run / "export", tmp_path / "elsewhere")
     for model in (run, moved):
         (result,) = evaluate(model, other_store)

@@ -28,11 +28,6 @@ def scans(source, subject="s01", contrasts=CONTRASTS):
     return {contrast: source / f"{subject}_{contrast}.nii.gz" for contrast in contrasts}
 
 
-@pytest.fixture(scope="module")
-def predictor(run):
-    return load(run)
-
-
 def test_names_and_keywords_say_the_contrast(predictor, source, tmp_path):
     files = scans(source)
     by_name = predictor.predict(*files.values())
@@ -58,11 +53,8 @@ def test_a_missing_contrast_is_said(predictor, source):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_model_that_never_learnt_without_a_contrast_says_so(
-    small_store, tiny_backbone, source, tmp_path, monkeypatch, dropout
-):
+def test_a_model_that_never_learnt_without_a_contrast_says_so(small_store, tiny_backbone, source, tmp_path, dropout):
     """Such answers were off by up to 200 years of age on phantoms, and nothing told."""
-    monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
     content = {
         "num_slices": 4, "head_fit_passes": 0, "frozen_baseline": False, "evaluate_every": 0,
         "augmentation": {"contrast_dropout": dropout}, "split": {"train": 0.5, "validation": 0.2, "test": 0.3},

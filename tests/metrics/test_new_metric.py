@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
-
-import brainfound
 
 FUNCTION = '''
 
@@ -95,19 +89,14 @@ def add(file: Path, function: str) -> None:
     file.write_text(file.read_text() + function)
 
 
-def test_a_function_and_a_row_are_all_that_a_new_metric_needs(tmp_path):
-    package = tmp_path / "brainfound"
-    shutil.copytree(Path(brainfound.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    add(package / "metrics" / "regression.py", FUNCTION)
-    add(package / "metrics" / "segmentation.py", MASK_FUNCTION)
-    registry = package / "metrics" / "registry.py"
+def test_a_function_and_a_row_are_all_that_a_new_metric_needs(package_copy, run_on_copy, tmp_path):
+    add(package_copy / "metrics" / "regression.py", FUNCTION)
+    add(package_copy / "metrics" / "segmentation.py", MASK_FUNCTION)
+    registry = package_copy / "metrics" / "registry.py"
     text = registry.read_text()
     text = text.replace("regression import ", "regression import median_error, ", 1)
     text = text.replace("segmentation import (", "segmentation import (\n    extent_error_mm,", 1)
     text = text.replace('    Metric("dice"', ROW + MASK_ROW + '    Metric("dice"', 1)
     registry.write_text(text)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
+    done = run_on_copy(PROGRAM, tmp_path)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,13 @@ from scipy import stats
 
 from brainfound.errors import UsageError
 from brainfound.metrics import auroc, mae
-from brainfound.metrics.statistics import bootstrap_interval, holm, least_subjects, paired_permutation_test
+from brainfound.metrics.statistics import (
+    bootstrap_interval,
+    explain_missing_interval,
+    holm,
+    least_subjects,
+    paired_permutation_test,
+)
 
 
 def test_percentile_interval_is_close_to_that_of_scipy():
@@ -78,11 +84,20 @@ def test_too_few_subjects_have_no_interval(confidence, least):
 
 def test_a_score_that_many_resamples_lack_has_no_interval():
     scores = np.linspace(0, 1, 30)
-    for num_positive, is_defined in ((1, False), (2, False), (6, True)):
-        labels = np.arange(30) % (30 // num_positive) == 0
+    for num_positive, is_defined in ((1, False), (2, False), (4, True), (6, True)):
+        labels = np.isin(np.arange(30), np.linspace(0, 29, num_positive).round())
         interval = bootstrap_interval(auroc, labels.astype(int), scores, num_resamples=300)
         assert np.isnan(interval.low) != is_defined
         assert np.isfinite(interval.estimate)
+        # 4 of 30 are missing from one resample in 73: fewer than 1 in 20 may be.
+        assert interval.num_undefined > 0 or num_positive == 6
+
+
+def test_why_a_score_has_no_interval_is_one_sentence():
+    assert explain_missing_interval(1) == "no 95% interval of 1 subject: it needs 6 or more"
+    assert explain_missing_interval(5) == "no 95% interval of 5 subjects: it needs 6 or more"
+    assert explain_missing_interval(7, 0.99) == "no 99% interval of 7 subjects: it needs 8 or more"
+    assert "many resamples" in explain_missing_interval(6)
 
 
 def test_undefined_resamples_are_counted():
@@ -103,6 +118,7 @@ def test_permutation_test_is_that_of_scipy(num_subjects):
         (a, b), lambda x, y: np.mean(x) - np.mean(y), permutation_type="samples", n_resamples=4000, rng=2
     )
     ours = paired_permutation_test(a, b, num_permutations=4000)
+    assert ours == paired_permutation_test(a, b, num_permutations=4000, seed=0)
     exact = num_subjects == 8
     assert ours == pytest.approx(theirs.pvalue, abs=1e-12 if exact else 0.03)
 

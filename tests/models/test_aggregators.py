@@ -1,5 +1,6 @@
 """Slices → volume: padding, order, any number of slices."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -168,12 +169,18 @@ def test_attention_weights_make_the_embedding():
     assert aggregation.weights.std() > 0
 
 
-@pytest.mark.parametrize("width", [32, 96, 384, 768, 1024, 1536, 50])
-def test_heads_divide_the_width(width):
-    assert width % num_heads_for(width) == 0
+@pytest.mark.parametrize(
+    ("width", "heads"), [(32, 1), (50, 1), (96, 1), (130, 2), (200, 2), (384, 6), (768, 12), (1024, 16), (1536, 24)]
+)
+def test_heads_are_about_64_wide_and_divide_the_width(width, heads):
+    assert num_heads_for(width) == heads
 
 
-def test_positions_are_told_apart_and_wrap_to_the_width():
-    codes = sinusoidal_positions(torch.arange(-90.0, 91.0)[None], 25)[0]
-    assert codes.shape == (181, 25)
+def test_positions_are_sines_and_cosines_from_4_mm_to_1_m_and_differ():
+    positions = np.arange(-90.0, 91.0)
+    codes = sinusoidal_positions(torch.tensor(positions)[None], 25)[0]
+    wavelengths = 4.0 * 250.0 ** (np.arange(13) / 12)
+    angles = 2 * np.pi * positions[:, None] / wavelengths
+    expected = np.concatenate([np.sin(angles), np.cos(angles)[:, :12]], axis=1)
+    np.testing.assert_allclose(codes.numpy(), expected, atol=1e-4)
     assert torch.cdist(codes, codes).add(torch.eye(181) * 9).min() > 0.1

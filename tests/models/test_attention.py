@@ -10,7 +10,6 @@ from transformers import AttentionInterface, Dinov2Config, Dinov2Model
 
 from brainfound.errors import ModelError
 from brainfound.models import kernels as attention
-from brainfound.models import kernels as attention_in_pieces
 from brainfound.models.kernels import Packing, available_kernels, choose_kernel, packed_attention
 
 PACKING = Packing(((2, 7), (3, 4), (1, 9)))
@@ -57,7 +56,7 @@ def test_a_sequence_does_not_see_its_neighbours(kernel):
 
 @pytest.mark.parametrize("piece_bytes", [1, 2 * 7 * 7 * 8, 2**20], ids=["one by one", "a sequence of 7", "all"])
 def test_pieces_of_any_size_give_the_same(monkeypatch, piece_bytes):
-    monkeypatch.setitem(attention_in_pieces._PIECE_BYTES, "cpu", piece_bytes)
+    monkeypatch.setitem(attention._PIECE_BYTES, "cpu", piece_bytes)
     inputs = random_inputs().requires_grad_()
     output = packed_attention(*inputs.unbind(0), PACKING, "matmul")
     torch.testing.assert_close(output, one_by_one(inputs, PACKING, 8**-0.5), rtol=0, atol=1e-12)
@@ -77,8 +76,8 @@ def test_attention_in_pieces_is_one_operation_that_is_not_computed_again(monkeyp
     from brainfound.models.blocks import checkpoint_except_matmuls
 
     calls = []
-    made = attention_in_pieces._probabilities
-    monkeypatch.setattr(attention_in_pieces, "_probabilities", lambda *a: calls.append(1) or made(*a))
+    made = attention._probabilities
+    monkeypatch.setattr(attention, "_probabilities", lambda *a: calls.append(1) or made(*a))
     inputs = random_inputs().requires_grad_()
     packing = Packing(((5, 7),))
     output = checkpoint_except_matmuls(
@@ -110,7 +109,7 @@ def test_kernels_are_tried_not_trusted(monkeypatch):
     assert found["xformers"] == "no operator for this device"
     kernel, report = choose_kernel(PACKING, 2, 8, CPU, torch.float32, repeats=1)
     assert kernel in ("sdpa", "matmul")
-    assert isinstance(report["sdpa"], float)
+    assert report["sdpa"] > 0
     assert report["xformers"] == found["xformers"]
 
 

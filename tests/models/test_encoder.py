@@ -7,12 +7,7 @@ from transformers import Dinov2Model
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundModel, SliceEncoder
 from brainfound.models.stem import inflate_kernels
-
-
-def library_tokens(folder, model_class, pixels, mean=0.449, std=0.226):
-    model = model_class.from_pretrained(folder)
-    with torch.no_grad():
-        return model((pixels - mean) / std).last_hidden_state
+from tests.tiny_backbones import library_tokens
 
 
 @pytest.mark.parametrize("size", [(40, 40), (24, 56)])

@@ -1,12 +1,6 @@
 """A new aggregator is a class and a line, a new backbone family a model class and a line; all else follows."""
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
-
-import brainfound
 
 AGGREGATOR = '''class MedianAggregator(Aggregator):
     """The median over slices of each feature."""
@@ -80,17 +74,12 @@ def insert(file: Path, before: str, text: str) -> None:
     file.write_text(content.replace(before, text + before))
 
 
-def test_a_class_and_a_line_are_all_that_a_new_part_needs(tmp_path):
-    package = tmp_path / "brainfound"
-    shutil.copytree(Path(brainfound.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    models = package / "models"
+def test_a_class_and_a_line_are_all_that_a_new_part_needs(package_copy, run_on_copy, tmp_path):
+    models = package_copy / "models"
     insert(models / "aggregators.py", "AGGREGATORS: dict", AGGREGATOR)
     insert(models / "aggregators.py", '}\n"""Name', '    "median": lambda config: MedianAggregator(),\n')
     (models / "other_vit.py").write_text(BACKBONE)
     insert(models / "backbones.py", "from brainfound.errors", "from brainfound.models.other_vit import OtherModel\n")
     insert(models / "backbones.py", '}\n"""Model type', '    "other_vit": Family(OtherModel),\n')
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
+    done = run_on_copy(PROGRAM, tmp_path)
     assert done.returncode == 0, done.stderr

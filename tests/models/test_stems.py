@@ -22,6 +22,7 @@ from brainfound.models.encoder import ValidSlices
 from brainfound.models.stem import STEMS
 from brainfound.pretraining.starting_model import InitRecipe, build_model
 from brainfound.recipes import validate
+from tests.tiny_backbones import library_tokens
 
 THREE = ("T1w", "T2w", "FLAIR")
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -34,12 +35,6 @@ def contrasts_for(stem):
 
 def build(folder, stem, kind=BrainFoundModel, **config):
     return kind.from_backbone(folder, config.pop("contrasts", contrasts_for(stem)), stem=stem, **config)
-
-
-def library_tokens(folder, model_class, images):
-    model = model_class.from_pretrained(folder)
-    with torch.no_grad():
-        return model((images - 0.449) / 0.226).last_hidden_state
 
 
 def embeddings_of(model):

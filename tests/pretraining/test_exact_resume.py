@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.training_task import PretrainTask
+from tests.tiny_runs import untimed_lines
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
-CLOCK = {"seconds_per_step", "images_per_second", "data_wait"}
 SETTINGS = ("engine.steps=8", "engine.checkpoint_every=2", "engine.keep_checkpoints=2", "probe.every=4")
 LAST = "step-000008"
 
@@ -89,18 +89,13 @@ def start(folder: Path, store, run: Path, num_processes: int, *more: str, **envi
     return subprocess.run(list(map(str, arguments)), env=variables, capture_output=True, text=True, timeout=240)
 
 
-def log_of(run: Path) -> list[dict]:
-    texts = (run / "log.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(text).items() if key not in CLOCK} for text in texts]
-
-
 def order_of(run: Path, rank: int) -> dict[int, str]:
     """The slices of each step, as they were read last."""
     return dict(json.loads(text) for text in Path(f"{run}.order.{rank}").read_text().splitlines())
 
 
 def require_same(whole: Path, resumed: Path, num_processes: int, story: str) -> None:
-    lines, others = log_of(whole), log_of(resumed)
+    lines, others = untimed_lines(whole), untimed_lines(resumed)
     assert [line["step"] for line in lines] == [line["step"] for line in others], story
     for line, other in zip(lines, others, strict=True):
         differing = {key for key in line.keys() | other.keys() if line.get(key) != other.get(key)}
@@ -165,7 +160,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_undisturbed_one(
     story = f"killed after step {step}"
     killed = start(tmp_path, store, run, num_processes, DIE_AT=step)
     assert killed.returncode != 0
-    assert log_of(run)[-1]["step"] < step, killed.stderr[-3000:]
+    assert untimed_lines(run)[-1]["step"] < step, killed.stderr[-3000:]
 
     if dies_saving:
         killed = start(tmp_path, store, run, num_processes, "--resume", DIE_SAVING=LAST)
@@ -204,14 +199,14 @@ def test_a_rollback_that_is_killed_ends_bit_for_bit_as_an_undisturbed_one(store,
     whole, run = tmp_path / "whole", tmp_path / "run"
     done = start(tmp_path, store, whole, num_processes, FALLS=1)
     assert done.returncode == 0, done.stderr[-3000:]
-    (event,) = [line for line in log_of(whole) if "rolled_back_from" in line]
+    (event,) = [line for line in untimed_lines(whole) if "rolled_back_from" in line]
     assert (event["step"], event["rolled_back_from"], event["lr_scale"]) == (2, 6, 0.3)
     assert (whole / "log-before-rollback-1.jsonl").is_file()
     killed = start(tmp_path, store, run, num_processes, FALLS=1, DIE_ROLLING=1)
     assert killed.returncode != 0
     # The decision is on the disk, and nothing that follows from it.
     assert (run / "checkpoints" / "step-000005").is_dir()
-    assert log_of(run)[-1]["step"] == 6, killed.stderr[-3000:]
+    assert untimed_lines(run)[-1]["step"] == 6, killed.stderr[-3000:]
     done = start(tmp_path, store, run, num_processes, "--resume", FALLS=1)
     assert done.returncode == 0, done.stderr[-3000:]
     require_same(whole, run, num_processes, "killed while it rolled back")

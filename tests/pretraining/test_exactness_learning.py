@@ -275,14 +275,3 @@ def test_the_teacher_follows_the_moving_average_at_every_step(model, recipe):
             assert all(torch.equal(before[name], value) for name, value in objective.teacher.state_dict().items())
     for teacher, value in zip(objective.teacher.parameters(), expected, strict=True):
         np.testing.assert_allclose(teacher.detach().numpy(), value, rtol=1e-6, atol=1e-6)
-
-
-def test_a_frozen_last_layer_and_a_waiting_backbone_have_rate_zero_which_stops_decay_too():
-    """AdamW's decay is multiplied by the rate, so that waiting weights are not pulled to 0."""
-    parameter = nn.Parameter(torch.full((2, 2), 3.0))
-    group = {"params": [parameter], "role": "last_layer", "lr_scale": 1.0, "decays": True}
-    optimizer = make_optimizer([group], OptimRecipe())
-    optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"] = 0.0, 0.5
-    parameter.grad = torch.ones(2, 2)
-    optimizer.step()
-    assert torch.equal(parameter.detach(), torch.full((2, 2), 3.0))

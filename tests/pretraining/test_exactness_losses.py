@@ -70,7 +70,7 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 
 
 @PRECISIONS
-@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("iterations", [1, 3, 5])
 @pytest.mark.parametrize(("rows", "prototypes"), [(1, 4), (3, 17), (40, 7), (24, 300)])
 @pytest.mark.parametrize("temperature", [0.04, 0.07])
 def test_sinkhorn_is_that_of_the_paper(rows, prototypes, iterations, temperature, dtype, tolerance):

@@ -55,18 +55,21 @@ def test_every_crop_has_the_same_chance_of_every_count():
     assert statistic < 30  # 6 degrees of freedom: above 30 once in 25,000 draws
 
 
-def test_indices_and_weights_are_those_of_the_loss():
-    masks = sample_block_masks(12, GRID, np.random.default_rng(2))
+@pytest.mark.parametrize("grid", [GRID, (2, 2)])  # of four patches one or two are masked
+def test_indices_weights_and_unmasked_crops_are_those_of_the_loss(grid):
+    masks = sample_block_masks(12, grid, np.random.default_rng(2))
+    num_patches = grid[0] * grid[1]
     mask = masks.mask.numpy()
     indices, weights = [], []
     for crop in range(12):
-        for patch in range(NUM_PATCHES):
+        for patch in range(num_patches):
             if mask[crop, patch]:
-                indices.append(crop * NUM_PATCHES + patch)
+                indices.append(crop * num_patches + patch)
                 weights.append(1 / mask[crop].sum())
     assert masks.indices.tolist() == indices
     np.testing.assert_allclose(masks.weights.numpy(), weights, rtol=1e-7)
     assert masks.weights.double().sum().item() == pytest.approx((mask.sum(axis=1) > 0).sum())
+    assert masks.unmasked_crops.tolist() == np.flatnonzero(~mask.any(axis=1)).tolist() != []
 
 
 def rectangles(mask: np.ndarray) -> list[tuple[int, int]]:

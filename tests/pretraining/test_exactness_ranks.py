@@ -30,6 +30,7 @@ from brainfound.data.augmentation import MultiCrop
 from brainfound.pretraining.objectives import losses, masked_autoencoder, self_distillation
 from brainfound.pretraining.training_task import PretrainTask
 from brainfound.training import run_folder
+from tests.tiny_runs import log_lines
 
 STEPS = 3
 DECODER = "decoder: {width: 16, layers: 1, heads: 2}"
@@ -336,9 +337,8 @@ def kept(folder: Path, name: str, rank: int = 0) -> dict:
 
 
 def loss_lines(folder: Path, name: str) -> list[dict[str, float]]:
-    lines = [json.loads(text) for text in (folder / name / "log.jsonl").open()]
     names = ("loss", "grad_norm/")
-    return [{key: value for key, value in line.items() if key.startswith(names)} for line in lines]
+    return [{key: value for key, value in line.items() if key.startswith(names)} for line in log_lines(folder / name)]
 
 
 def has_no_teacher(run: dict) -> bool:

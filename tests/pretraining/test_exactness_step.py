@@ -25,6 +25,7 @@ from transformers import AutoModel, Dinov2WithRegistersConfig, Dinov2WithRegiste
 from brainfound.pretraining.objectives import self_distillation
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.training_task import PretrainTask
+from tests.tiny_runs import log_lines
 
 SETTINGS = {
     "seed": 3,
@@ -385,7 +386,7 @@ def compare(store, recipe, backbone, folder, monkeypatch, dtype, tolerance, accu
     )
     overrides = [f"{key}={json.dumps(value)}" for key, value in (SETTINGS | more).items()]
     run = pretrain(recipe(*overrides), store, out=folder / "run", quiet=True)
-    lines = [json.loads(text) for text in (run / "log.jsonl").open()]
+    lines = log_lines(run)
     reference = Reference(AutoModel.from_pretrained(backbone), recording)
     assert len(recording.weights) == len(lines) == STEPS
     clipped = False

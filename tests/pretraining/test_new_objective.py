@@ -7,16 +7,13 @@ preflight, training, dry run, exact resume, new weights, export with its card, t
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import brainfound
 from brainfound.recipes import recipe_folder
+from tests.tiny_runs import log_lines
 
 OBJECTIVE = '''
 """Two crops of a slice should look alike, and slices should not: a small objective of one file."""
@@ -90,11 +87,9 @@ main()
 
 
 @pytest.mark.slow
-def test_one_file_and_one_line_make_an_objective(store, recipe, tiny_backbone, tmp_path):
-    package = tmp_path / "package" / "brainfound"
-    shutil.copytree(Path(brainfound.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(recipe_folder("model_cards"), package / "_recipes" / "model_cards")
-    objectives = package / "pretraining" / "objectives"
+def test_one_file_and_one_line_make_an_objective(store, recipe, tiny_backbone, package_copy, run_on_copy, tmp_path):
+    shutil.copytree(recipe_folder("model_cards"), package_copy / "_recipes" / "model_cards")
+    objectives = package_copy / "pretraining" / "objectives"
     (objectives / "alike.py").write_text(OBJECTIVE)
     registry = (objectives / "registry.py").read_text()
     line = "    hybrid.Hybrid,\n"
@@ -105,14 +100,11 @@ def test_one_file_and_one_line_make_an_objective(store, recipe, tiny_backbone, t
     overrides = ["engine.steps=4", "engine.checkpoint_every=2", "probe.every=2", f"init.source={tiny_backbone}"]
     content = recipe(*overrides).model_dump(mode="json") | {"objective": {"kind": "alike", "spread_weight": 0.2}}
     (tmp_path / "recipe.yaml").write_text(json.dumps(content))  # JSON is YAML
-    (tmp_path / "run.py").write_text(RUN)
-    environment = {**os.environ, "PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path), str(store.path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = run_on_copy(RUN, tmp_path, store.path)
     assert done.returncode == 0, done.stderr[-3000:]
 
     whole, resumed, scratch = (tmp_path / name for name in ("whole", "resumed", "scratch"))
-    lines = [json.loads(text) for text in (whole / "log.jsonl").read_text().splitlines()]
+    lines = log_lines(whole)
     step = next(line for line in lines if "loss" in line)
     assert {"loss_alike", "loss_spread", "effective_rank", "mean_cosine", "grad_norm/backbone"} <= step.keys()
     assert abs(step["loss"] - step["loss_alike"] - 0.2 * step["loss_spread"]) < 1e-5

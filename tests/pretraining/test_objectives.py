@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +17,10 @@ from brainfound.pretraining.objectives.registry import OBJECTIVES_BY_KIND, make_
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.recipe import PretrainRecipe
-from brainfound.pretraining.slices import PretrainBatch
 from brainfound.pretraining.starting_model import build_model
 from brainfound.recipes import validate
 from brainfound.training.randomness import StepKey
+from tests.tiny_runs import checkpoint_tensors, log_lines
 
 KINDS = ("self_distillation", "masked_autoencoder", "hybrid")
 PARTS = ("full", "last_blocks", "lora")
@@ -53,18 +52,6 @@ def start(recipe: PretrainRecipe, store):
     return make_objective(recipe.objective, recipe.trained, encoder, recipe.views, recipe.engine.steps, recipe.seed)
 
 
-def tensors(run: Path, step: int, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step-{step:06d}" / file)
-
-
-def batch_of(store) -> PretrainBatch:
-    rows = torch.arange(0, 96, 12).numpy()
-    sessions = store.slice_sessions[rows]
-    return PretrainBatch(
-        torch.from_numpy(store.read_slices(rows)), torch.from_numpy(store.present[sessions]), torch.from_numpy(sessions)
-    )
-
-
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("source", ["scratch", "checkpoint"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,13 +64,13 @@ def test_two_steps(finished, store, make_recipe, tmp_path, kind, source, part):
         content = validate(PretrainRecipe, content.model_dump(mode="json"), anchors)
     run = pretrain(content, store, out=tmp_path / "run", quiet=True)
     before = start(content, store)
-    after = tensors(run, 2)
+    after = checkpoint_tensors(run, 2)
     assert before.student.state_dict().keys() == after.keys()
     num_trained = sum(p.numel() for p in before.student.parameters() if p.requires_grad)
     assert json.loads((run / "run.json").read_text())["num_trained_parameters"] == num_trained
     for name, parameter in before.student.named_parameters():
         assert torch.equal(parameter, after[name]) != parameter.requires_grad, name
-    saved = tensors(run, 2, "task.safetensors")
+    saved = checkpoint_tensors(run, 2, "task.safetensors")
     if kind != "masked_autoencoder":
         student = "distilled." if kind == "hybrid" else ""
         frozen = {n for n, p in before.student.named_parameters() if not p.requires_grad}
@@ -110,10 +97,10 @@ def test_two_steps(finished, store, make_recipe, tmp_path, kind, source, part):
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_trained_parameter_takes_part_in_the_loss(store, make_recipe, kind, part):
+def test_each_trained_parameter_takes_part_in_the_loss(store, batch, make_recipe, kind, part):
     """Data-parallel training waits for the gradient of each of them."""
     objective = start(make_recipe(kind, part), store)
-    loss, metrics = objective.loss(objective.student, batch_of(store), KEY)
+    loss, metrics = objective.loss(objective.student, batch, KEY)
     loss.backward()
     for name, parameter in objective.student.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -132,7 +119,7 @@ def test_updates_resume_exactly(finished, store, make_recipe, tmp_path, kind):
     shutil.rmtree(run / "export")
     pretrain(content, store, out=run, resume=True, quiet=True)
     for file in ("model.safetensors", "task.safetensors"):
-        first, second = tensors(whole, 4, file), tensors(run, 4, file)
+        first, second = checkpoint_tensors(whole, 4, file), checkpoint_tensors(run, 4, file)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
     first, second = (load_file(r / "export" / "model.safetensors") for r in (whole, run))
@@ -166,8 +153,7 @@ def test_the_teacher_of_updates_mirrors_the_student_and_the_anchor_has_none(stor
         assert torch.equal(teacher, frozen[name]) != student.requires_grad, name
 
 
-def test_the_hybrid_loss_is_the_sum_of_its_parts(store, make_recipe):
-    batch = batch_of(store)
+def test_the_hybrid_loss_is_the_sum_of_its_parts(store, batch, make_recipe):
     content = make_recipe("hybrid", "full", "objective.reconstruction_weight=0.5", "objective.drop_path=0")
     objective = start(content, store)
     assert isinstance(objective, Hybrid)
@@ -187,11 +173,11 @@ def test_the_hybrid_loss_is_the_sum_of_its_parts(store, make_recipe):
     torch.testing.assert_close(metrics["loss_reconstruction"], expected["loss_reconstruction"])
 
 
-def test_the_student_of_the_hybrid_is_entered_once_per_step(store, make_recipe):
+def test_the_student_of_the_hybrid_is_entered_once_per_step(store, batch, make_recipe):
     objective = start(make_recipe("hybrid"), store)
     calls = []
     objective.student.register_forward_pre_hook(lambda *_: calls.append(1))
-    objective.loss(objective.student, batch_of(store), KEY)
+    objective.loss(objective.student, batch, KEY)
     assert len(calls) == 1
     assert len(objective.student.state_dict()) == len({t.data_ptr() for t in objective.student.state_dict().values()})
 
@@ -287,6 +273,6 @@ def test_dry_run_of_an_objective_without_prototypes(store, make_recipe, tmp_path
 
 def test_log_of_masked_autoencoding_feeds_the_guard(store, make_recipe, tmp_path):
     run = pretrain(make_recipe("masked_autoencoder", "full", "engine.steps=2"), store, out=tmp_path / "run", quiet=True)
-    lines = [json.loads(text) for text in (run / "log.jsonl").open()]
+    lines = log_lines(run)
     assert all({"loss", "loss_reconstruction", "effective_rank", "mean_cosine"} <= line.keys() for line in lines)
     assert not any("ln_k" in line for line in lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 
 from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.recipes import validate
+from tests.tiny_runs import log_lines
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
 DECODER = {"width": 16, "layers": 1, "heads": 2}
@@ -81,7 +81,7 @@ def test_two_processes_train_one_student(store, recipe, tmp_path):
             name = names[kind, parallel]
             digests = [(tmp_path / f"{name}.rank{rank}.json").read_text() for rank in (0, 1)]
             assert digests[0] == digests[1], name
-            log = [json.loads(text) for text in (tmp_path / name / "log.jsonl").open()]
+            log = log_lines(tmp_path / name)
             losses.append([line["loss_reconstruction"] for line in log])
             exports.append(load_file(tmp_path / name / "export" / "model.safetensors"))
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from brainfound import recipes
 from brainfound.data.preprocessing.settings import Preprocessing
@@ -21,20 +19,7 @@ from brainfound.models import BrainFoundModel
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.pretraining.training_task import PretrainTask
-
-
-def lines(run: Path, key: str = "loss") -> list[dict]:
-    return [line for text in (run / "log.jsonl").open() if key in (line := json.loads(text))]
-
-
-def tensors(run: Path, step: int, file: str = "task.safetensors") -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step-{step:06d}" / file)
-
-
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    """Drawing takes longer than these runs; the shared `finished` run has its curves."""
-    monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
+from tests.tiny_runs import checkpoint_tensors, log_lines, untimed_lines
 
 
 def test_run_folder_is_complete(finished, store):
@@ -48,15 +33,15 @@ def test_run_folder_is_complete(finished, store):
     assert facts["data_hash"] == store.content_hash
     assert facts["effective_lr"] == pytest.approx(1e-3 * (8 / 128) ** 0.5)
     assert facts["device_reason"]
-    assert [line["step"] for line in lines(finished)] == [1, 2, 3, 4, 5, 6]
-    assert [line["step"] for line in lines(finished, "probe")] == [0, 3, 6]
+    assert [line["step"] for line in log_lines(finished, "loss")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in log_lines(finished, "probe")] == [0, 3, 6]
 
 
 def test_what_is_watched_is_logged_and_a_later_process_finds_the_start_again(finished, store, recipe):
     from brainfound.pretraining.monitoring.guard import read_retention_scores
     from brainfound.pretraining.monitoring.probes import Probe
 
-    first, _, last = (read_retention_scores(line) for line in lines(finished, "probe"))
+    first, _, last = (read_retention_scores(line) for line in log_lines(finished, "probe"))
     assert {"patch_texture", "slice_position", "age_years_knn", "kept_patches"} <= first.keys()
     assert all(error == 0 for _, error in first.values())
     assert last["patch_intensity"][1] > 0
@@ -73,10 +58,10 @@ def test_what_is_watched_is_logged_and_a_later_process_finds_the_start_again(fin
 
 def test_export_is_the_teacher_with_its_preprocessing_and_card(finished, store):
     model = BrainFoundModel.from_pretrained(finished / "export").eval()
-    saved = tensors(finished, 6)
+    saved = checkpoint_tensors(finished, 6, "task.safetensors")
     for name, weight in model.encoder.state_dict().items():
         assert torch.equal(weight, saved[f"teacher.encoder.{name}"]), name
-    student = tensors(finished, 6, "model.safetensors")
+    student = checkpoint_tensors(finished, 6)
     assert not all(torch.equal(student[f"encoder.{n}"], w) for n, w in model.encoder.state_dict().items())
     assert Preprocessing.load(finished / "export") == store.preprocessing
     assert "medical device" in (finished / "export" / "README.md").read_text()
@@ -123,14 +108,10 @@ def test_resume_is_exact(finished, store, recipe, tmp_path):
     shutil.rmtree(run / "checkpoints" / "step-000006")
     shutil.rmtree(run / "export")
     pretrain(recipe(), store, out=run, resume=True, quiet=True)
-    timing = {"seconds_per_step", "images_per_second", "data_wait"}
     for key in ("loss", "probe"):
-        strip = [
-            [{k: v for k, v in line.items() if k not in timing} for line in lines(r, key)] for r in (finished, run)
-        ]
-        assert strip[0] == strip[1]
+        assert untimed_lines(finished, key) == untimed_lines(run, key)
     for file in ("model.safetensors", "task.safetensors"):
-        first, second = tensors(finished, 6, file), tensors(run, 6, file)
+        first, second = checkpoint_tensors(finished, 6, file), checkpoint_tensors(run, 6, file)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert (run / "export" / "model.safetensors").is_file()
@@ -144,7 +125,7 @@ def test_a_torn_newest_checkpoint_costs_steps_not_the_run(finished, store, recip
     file.write_bytes(file.read_bytes()[:100])
     with pytest.warns(UserWarning, match="step-000006 is damaged"):
         pretrain(recipe(), store, out=run, resume=True, quiet=True)
-    assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(finished)]
+    assert [line["loss"] for line in log_lines(run, "loss")] == [line["loss"] for line in log_lines(finished, "loss")]
 
 
 def test_doors(finished, store, recipe, tmp_path):
@@ -168,7 +149,10 @@ def test_doors(finished, store, recipe, tmp_path):
 def test_logging_may_change_on_resume(finished, store, recipe, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints" / "step-000006")
+    shutil.rmtree(run / "export")
     pretrain(recipe("engine.log_every=2", "guard.enabled=false"), store, out=run, resume=True, quiet=True)
+    assert [line["step"] for line in log_lines(run, "loss")] == [1, 2, 3, 4, 6]
 
 
 def test_a_finished_run_is_left_as_it_is(finished, store, recipe, tmp_path, monkeypatch, capsys):
@@ -265,20 +249,20 @@ def test_head_warm_up_moves_heads_and_new_tokens_only(finished, store, recipe, t
         recipe(*changes, "engine.keep_checkpoints=5"), store, finished / "export", tmp_path / "run", quiet=True
     )
     start = BrainFoundModel.from_pretrained(finished / "export").encoder.state_dict()
-    waiting, moving = tensors(run, 4, "model.safetensors"), tensors(run, 5, "model.safetensors")
+    waiting, moving = checkpoint_tensors(run, 4), checkpoint_tensors(run, 5)
     new = ("mask_token", "contrast_embedding")
     for name, weight in start.items():
         if any(part in name for part in new):
             assert not torch.equal(waiting[f"encoder.{name}"], weight), name
         else:
             assert torch.equal(waiting[f"encoder.{name}"], weight), name
-            assert torch.equal(tensors(run, 4)[f"teacher.encoder.{name}"], weight), name
+            assert torch.equal(checkpoint_tensors(run, 4, "task.safetensors")[f"teacher.encoder.{name}"], weight), name
     assert any(
         not torch.equal(moving[f"encoder.{name}"], weight) for name, weight in start.items() if "layer.1" in name
     )
-    assert all("loss_anchor_gram" in line and "gram_distance" in line for line in lines(run))
-    anchor = {n.removeprefix("anchor."): t for n, t in tensors(run, 5).items() if n.startswith("anchor.")}
-    assert all(torch.equal(anchor[name], weight) for name, weight in start.items())
+    assert all("loss_anchor_gram" in line and "gram_distance" in line for line in log_lines(run, "loss"))
+    saved = checkpoint_tensors(run, 5, "task.safetensors")
+    assert all(torch.equal(saved[f"anchor.{name}"], weight) for name, weight in start.items())
 
 
 def test_from_scratch_turns_the_ladder_off_and_says_so(store, recipe, tmp_path, capsys):
@@ -301,9 +285,9 @@ def test_a_poisoned_batch_leaves_weights_and_teacher_alone(store, recipe, tmp_pa
     content = recipe("engine.steps=4", "engine.checkpoint_every=1", "engine.keep_checkpoints=9", "probe.every=0")
     run = pretrain(content, store, out=tmp_path / "run", quiet=True)
     for file in ("model.safetensors", "task.safetensors"):
-        before, after = tensors(run, 3, file), tensors(run, 4, file)
+        before, after = checkpoint_tensors(run, 3, file), checkpoint_tensors(run, 4, file)
         assert all(torch.equal(before[name], after[name]) for name in before)
-    assert lines(run)[-1]["skipped_steps"] == 1
+    assert log_lines(run, "loss")[-1]["skipped_steps"] == 1
 
 
 def test_collapse_stops_with_an_export(store, recipe, tmp_path):
@@ -311,7 +295,7 @@ def test_collapse_stops_with_an_export(store, recipe, tmp_path):
     with pytest.raises(TrainingError, match="mean cosine") as stop:
         pretrain(content, store, out=tmp_path / "run", quiet=True)
     assert stop.value.exit_code == 1
-    assert lines(tmp_path / "run")[-1]["step"] == 3
+    assert log_lines(tmp_path / "run", "loss")[-1]["step"] == 3
     BrainFoundModel.from_pretrained(tmp_path / "run" / "export")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"].startswith("stopped: step 3")
 
@@ -331,7 +315,10 @@ def test_a_probe_drop_stops_and_exports_the_best_teacher(store, recipe, tmp_path
     )
     with pytest.raises(TrainingError, match=r"0\.900 \(step 1\)"):
         pretrain(content, store, out=tmp_path / "run", quiet=True)
-    best, last = tensors(tmp_path / "run", 1), tensors(tmp_path / "run", 2)
+    best, last = (
+        checkpoint_tensors(tmp_path / "run", 1, "task.safetensors"),
+        checkpoint_tensors(tmp_path / "run", 2, "task.safetensors"),
+    )
     exported = BrainFoundModel.from_pretrained(tmp_path / "run" / "export").encoder.state_dict()
     assert all(torch.equal(weight, best[f"teacher.encoder.{name}"]) for name, weight in exported.items())
     assert not all(torch.equal(weight, last[f"teacher.encoder.{name}"]) for name, weight in exported.items())
@@ -340,13 +327,13 @@ def test_a_probe_drop_stops_and_exports_the_best_teacher(store, recipe, tmp_path
 
 def test_accumulation_and_workers_run(store, recipe, tmp_path):
     content = recipe("engine.accumulation=2", "engine.num_workers=1", "engine.steps=2", "probe.every=0")
-    assert len(lines(pretrain(content, store, out=tmp_path / "run", quiet=True))) == 2
+    assert len(log_lines(pretrain(content, store, out=tmp_path / "run", quiet=True), "loss")) == 2
 
 
 def test_bfloat16_trains_with_float32_weights(store, recipe, tmp_path):
     run = pretrain(recipe("engine.precision=bf16", "engine.steps=2"), store, out=tmp_path / "run", quiet=True)
-    assert all(t.dtype == torch.float32 for t in tensors(run, 2, "model.safetensors").values())
-    assert all(abs(line["loss"]) < 100 for line in lines(run))
+    assert all(t.dtype == torch.float32 for t in checkpoint_tensors(run, 2).values())
+    assert all(abs(line["loss"]) < 100 for line in log_lines(run, "loss"))
 
 
 def test_dry_run_leaves_nothing_and_reports(store, recipe, tmp_path, capsys):
@@ -367,7 +354,7 @@ def test_the_loss_falls(store, recipe, tmp_path):
     )
     losses = [
         line["loss_dino"] + line["loss_ibot"]
-        for line in lines(pretrain(recipe(*changes), store, out=tmp_path / "r", quiet=True))
+        for line in log_lines(pretrain(recipe(*changes), store, out=tmp_path / "r", quiet=True), "loss")
     ]
     assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
 

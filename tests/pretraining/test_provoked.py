@@ -26,6 +26,7 @@ from brainfound.models import BrainFoundModel
 from brainfound.pretraining.monitoring.guard import Guard
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.training_task import PretrainTask
+from tests.tiny_runs import log_lines
 
 SIDE, NUM_SLICES = 32, 10
 COMMON = (
@@ -75,11 +76,6 @@ def write_cohort(folder: Path, num_subjects: int, one_image: bool = False) -> St
     return prepare(folder / "manifest.tsv", folder / "store", preprocessing)
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
-
-
 @pytest.fixture(scope="module")
 def eggs(tmp_path_factory) -> Store:
     return write_cohort(tmp_path_factory.mktemp("eggs"), num_subjects=12)
@@ -88,13 +84,8 @@ def eggs(tmp_path_factory) -> Store:
 @pytest.fixture(scope="module")
 def trained(eggs, recipe, tmp_path_factory) -> Path:
     """The export of a run from scratch: the checkpoint that the others continue."""
-    torch.set_num_threads(1)
     content = recipe(*COMMON, "optim.lr=1e-2", "engine.steps=40", "probe.every=0", "guard.enabled=false")
     return pretrain(content, eggs, out=tmp_path_factory.mktemp("trained") / "run", quiet=True) / "export"
-
-
-def lines(run: Path, key: str) -> list[dict]:
-    return [line for text in (run / "log.jsonl").open() if key in (line := json.loads(text))]
 
 
 def facts(run: Path) -> dict:
@@ -111,7 +102,7 @@ def test_safe_settings_are_left_alone(eggs, trained, recipe, tmp_path, seed):
     """Without any grace, and with every look counting."""
     content = recipe(*COMMON, *SAFE, "engine.steps=30", "guard.confirm_looks=3", f"seed={seed}")
     run = pretrain(content, eggs, trained, tmp_path / "run", quiet=True)
-    probes = [line["probe"] for line in lines(run, "probe")]
+    probes = [line["probe"] for line in log_lines(run, "probe")]
     assert probes[0] > 0.8
     assert min(probes) > probes[0] - 0.05
     assert facts(run)["status"] == "done"
@@ -123,7 +114,7 @@ def test_the_settings_of_dinov2_204_are_stopped_and_the_starting_teacher_is_expo
         pretrain(content, eggs, trained, tmp_path / "run", quiet=True)
     assert "\n" not in str(stop.value)
     assert "export/ holds the teacher of step 0" in str(stop.value)
-    first, *later = [line["probe"] for line in lines(tmp_path / "run", "probe")]
+    first, *later = [line["probe"] for line in log_lines(tmp_path / "run", "probe")]
     assert later[-1] < first - 0.1
     assert facts(tmp_path / "run")["exported_step"] == 0
     assert same_encoder(tmp_path / "run" / "export", trained)
@@ -141,15 +132,15 @@ def test_a_learning_rate_that_overflows_is_stopped_in_one_line(eggs, trained, re
 def test_the_settings_of_dinov2_204_are_rolled_back_with_a_lower_rate_and_the_run_ends(eggs, trained, recipe, tmp_path):
     going_back = ("guard.on_failure=roll_back", "guard.rollback_lr_factor=1e-4", "guard.confirm_looks=1000")
     run = pretrain(recipe(*COMMON, *STOCK, *QUICK, *going_back), eggs, trained, tmp_path / "run", quiet=True)
-    (event,) = lines(run, "rolled_back_from")
+    (event,) = log_lines(run, "rolled_back_from")
     assert event["step"] == 0
     assert event["lr_scale"] == pytest.approx(1e-4)
     assert "the probe fell" in event["reason"]
     before = [json.loads(text) for text in (run / "log-before-rollback-1.jsonl").open()]
-    fast, slow = (next(line["lr"] for line in log if "lr" in line) for log in (before, lines(run, "lr")))
+    fast, slow = (next(line["lr"] for line in log if "lr" in line) for log in (before, log_lines(run, "lr")))
     assert slow == pytest.approx(1e-4 * fast)
-    assert [line["step"] for line in lines(run, "loss")] == list(range(1, 31))
-    probes = [line["probe"] for line in lines(run, "probe")]
+    assert [line["step"] for line in log_lines(run, "loss")] == list(range(1, 31))
+    probes = [line["probe"] for line in log_lines(run, "probe")]
     assert min(probes) > probes[0] - 0.05
     assert facts(run)["status"] == "done"
 
@@ -168,7 +159,7 @@ def test_one_image_many_times_is_seen(trained, recipe, tmp_path, seed):
     content = recipe(*COMMON, *SAFE, "engine.steps=80", "probe.every=0", f"seed={seed}")
     with pytest.raises(TrainingError, match="crops of one image are no more alike"):
         pretrain(content, store, trained, tmp_path / "run", quiet=True)
-    last = lines(tmp_path / "run", "loss")[-1]
+    last = log_lines(tmp_path / "run", "loss")[-1]
     assert last["effective_rank"] > 3
     assert last["mean_cosine"] < 0.95
 
@@ -238,7 +229,7 @@ def test_a_batch_that_is_not_a_number_changes_nothing_and_the_run_goes_on(eggs, 
     assert sum("exp_avg" in name for name in before) > 50
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not all(torch.equal(after[name], later[name]) for name in after)
-    assert [line["skipped_steps"] for line in lines(run, "loss")] == [0, 0, 0, 1, 1, 1]
+    assert [line["skipped_steps"] for line in log_lines(run, "loss")] == [0, 0, 0, 1, 1, 1]
     assert all(torch.isfinite(value).all() for value in later.values())
 
 
@@ -257,8 +248,8 @@ def test_going_back_gets_past_batches_that_are_not_numbers(eggs, trained, recipe
     back = ("guard.on_failure=roll_back", "guard.confirm_looks=9", "engine.max_skipped_in_a_row=4")
     content = recipe(*COMMON, *SAFE, *back, "engine.steps=8", "probe.every=100")
     run = pretrain(content, eggs, trained, tmp_path / "run", quiet=True)
-    (event,) = lines(run, "rolled_back_from")
+    (event,) = log_lines(run, "rolled_back_from")
     assert (event["step"], event["rolled_back_from"], event["lr_scale"]) == (0, 7, 0.3)
     assert "not finite in 4 steps" in event["reason"]
-    assert [line["skipped_steps"] for line in lines(run, "loss")] == [1, 2, 2, 2, 2, 2, 2, 2]
+    assert [line["skipped_steps"] for line in log_lines(run, "loss")] == [1, 2, 2, 2, 2, 2, 2, 2]
     assert facts(run)["status"] == "done"

@@ -35,6 +35,7 @@ from brainfound.pretraining.objectives.self_distillation import MAX_INITIAL_WEIG
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.report.curves import plot_curves
+from tests.tiny_runs import log_lines
 
 FAMILIES = ("pretrain-", "start-", "ablation-")
 RECIPES = sorted(name for name in recipes.available("train") if name.startswith(FAMILIES))
@@ -92,12 +93,6 @@ def stand_in(tmp_path_factory):
     return write
 
 
-@pytest.fixture
-def no_curves(monkeypatch):
-    """Drawing takes longer than these runs."""
-    monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
-
-
 def shrink(content: Any, sizes: dict[str, Any] = SIZES) -> Any:
     """A recipe's content with its sizes replaced."""
     if not isinstance(content, dict):
@@ -132,10 +127,6 @@ def start_of(recipe: PretrainRecipe, stand_in: Any) -> tuple[str | Path, int]:
     if source == "none":
         return source, recipe.init.scratch.patch_size
     return stand_in(source), 16 if "patch16" in source else 14
-
-
-def log_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def test_each_model_has_a_recipe_for_each_machine():
@@ -179,17 +170,16 @@ def test_brainfound_is_the_papers_configuration():
     assert scratch.views == first.views
 
 
-@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in UNTOUCHED])
 def test_a_recipe_takes_two_steps_and_its_export_loads(name, slices, stand_in, tmp_path):
     start, patch_size = start_of(recipes.load(PretrainRecipe, name, "train"), stand_in)
     recipe = tiny(name, patch_size)
     run = pretrain(recipe, slices, start, tmp_path / "run", quiet=True)
-    steps = [line for line in log_of(run) if "loss" in line]
+    steps = [line for line in log_lines(run) if "loss" in line]
     assert steps[-1]["step"] == 2
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in steps)
     assert steps[-1]["skipped_steps"] == 0
-    assert [line["step"] for line in log_of(run) if "probe" in line] == [0, 2]
+    assert [line["step"] for line in log_lines(run) if "probe" in line] == [0, 2]
     facts = json.loads((run / "run.json").read_text())
     assert facts["status"] == "done"
     assert facts["effective_lr"] == pytest.approx(recipe.optim.lr * math.sqrt(recipe.engine.batch_size / 128))
@@ -216,7 +206,7 @@ def test_untouched_is_untouched(name, slices, stand_in, tmp_path):
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert exported.config.image_mean == expected.config.image_mean == (0.5 if "imagenet" in name else 0.449)
     assert Preprocessing.load(run / "export") == slices.preprocessing
-    (line,) = log_of(run)
+    (line,) = log_lines(run)
     assert line["step"] == 0
     assert math.isfinite(line["probe"])
     facts = json.loads((run / "run.json").read_text())
@@ -227,11 +217,10 @@ def test_untouched_is_untouched(name, slices, stand_in, tmp_path):
     assert "EMA teacher" not in card
     # There is no checkpoint to go on from: a continuation looks once more, and the log has one line again.
     pretrain(tiny(name, patch_size), slices, start, run, resume=True, quiet=True)
-    assert log_of(run) == [line]
+    assert log_lines(run) == [line]
     assert not list((run / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("source", ["google/vit-base-patch16-224", "facebook/dinov2-with-registers-small"])
 def test_other_families_can_be_continued(source, slices, stand_in, tmp_path):
     """--init of a supervised ViT, and of a DINOv2 with registers."""
@@ -245,7 +234,6 @@ def test_other_families_can_be_continued(source, slices, stand_in, tmp_path):
     assert moved, "the teacher did not follow"
 
 
-@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("adapter", ["lora-r8", "head-only"])
 def test_a_supervised_vit_can_be_fine_tuned(adapter, slices, stand_in, tmp_path):
     start = stand_in("google/vit-base-patch16-224")

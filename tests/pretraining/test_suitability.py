@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,18 +13,12 @@ from brainfound.errors import RecipeError, UsageError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.pretraining.preflight import run_preflight_checks
 from brainfound.pretraining.pretrain import pretrain
+from tests.table_store import TableStore
 
 MAE = (
     "objective={kind: masked_autoencoder, decoder: {width: 16, layers: 1, heads: 2}, anchor_gram_weight: 0,"
     " anchor_cls_weight: 0}"
 )
-
-
-class TableStore(SimpleNamespace):
-    """A store's tables without pixels."""
-
-    def __len__(self) -> int:
-        return len(self.sessions)
 
 
 def made_up(size=(32, 32), num_slices=4, distance_mm=3.0, several=(), diagnoses=None, num_sessions=12) -> TableStore:

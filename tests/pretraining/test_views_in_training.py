@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from brainfound.pretraining.pretrain import pretrain
+from tests.tiny_runs import checkpoint_tensors, log_lines
 
 VIEWS = ("views.neighbour_mm=13", "views.split_contrasts=0.5")
 
 
 def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line["loss"] for line in log_lines(run, "loss")]
 
 
 @pytest.fixture(scope="module")
 def whole(store, recipe, tmp_path_factory) -> Path:
-    torch.set_num_threads(1)
     return pretrain(recipe(*VIEWS), store, out=tmp_path_factory.mktemp("views") / "run", quiet=True)
 
 
@@ -35,7 +32,7 @@ def test_a_resumed_run_sees_the_same_neighbours(whole, store, recipe, tmp_path, 
     pretrain(recipe(*VIEWS, f"engine.num_workers={num_workers}"), store, out=run, resume=True, quiet=True)
     assert losses(run) == losses(whole)
     for file in ("model.safetensors", "task.safetensors"):
-        one, other = (load_file(folder / "checkpoints" / "step-000006" / file) for folder in (whole, run))
+        one, other = (checkpoint_tensors(folder, 6, file) for folder in (whole, run))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
 

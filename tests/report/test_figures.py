@@ -61,9 +61,7 @@ def test_slices_are_spread_over_the_object_or_the_brain(stack):
     pixels, mask = stack
     assert choose_slices(pixels, mask, num_slices=6) == [4, 5]
     assert choose_slices(pixels, None, mask, num_slices=6) == [4, 5]
-    assert choose_slices(pixels, num_slices=3) == [2, 4, 6] or set(choose_slices(pixels, num_slices=3)) <= set(
-        range(1, 8)
-    )
+    assert choose_slices(pixels, num_slices=3) == [2, 4, 6]
     assert choose_slices(pixels, np.zeros_like(mask), num_slices=1) == [4]
     assert choose_slices(np.zeros_like(pixels), num_slices=20) == list(range(9))
 

@@ -1,10 +1,11 @@
-"""A task of one weight, for tests of the engine."""
+"""A task of one weight and its checkpoints, for tests of the engine."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from brainfound.training.checkpoint import Checkpoint, list_checkpoints
 from brainfound.training.engine import Engine, EngineRecipe
 from brainfound.training.process import make_accelerator
 from brainfound.training.task import TrainTask
@@ -48,3 +49,18 @@ class Line(TrainTask):
 def engine(task: TrainTask, folder, **settings) -> Engine:
     content = {"steps": 4, "batch_size": 1, "precision": "no", "log_every": 1, "checkpoint_every": 100} | settings
     return Engine(task, EngineRecipe(**content), folder, make_accelerator("no"), quiet=True)
+
+
+def make_checkpoint(step: int, **state) -> Checkpoint:
+    """A checkpoint whose weights are its step."""
+    weight = torch.full((2, 3), float(step))
+    optimizer = {"state": {0: {"exp_avg": weight}}, "param_groups": []}
+    return Checkpoint(step, {"weight": weight}, {"teacher": weight + 1}, optimizer, {"task": {}, **state})
+
+
+def checkpoint_names(folder) -> list[str]:
+    return [path.name for path in list_checkpoints(folder)]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in a run catches it."""

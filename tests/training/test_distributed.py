@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from brainfound.pretraining.objectives import losses
 from brainfound.pretraining.pretrain import pretrain
+from tests.tiny_runs import untimed_lines
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
-TIMING = {"seconds_per_step", "images_per_second", "data_wait"}
 
 KILLED_WHILE_SAVING = """
 from brainfound.training import checkpoint
@@ -87,15 +87,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def lines(run: Path) -> list[dict]:
-    return [
-        {key: value for key, value in json.loads(text).items() if key not in TIMING}
-        for text in (run / "log.jsonl").open()
-    ]
-
-
 def require_same_runs(first: Path, second: Path) -> None:
-    assert lines(first) == lines(second)
+    assert untimed_lines(first) == untimed_lines(second)
     for file in ("model.safetensors", "task.safetensors"):
         one, other = (load_file(run / "checkpoints" / "step-000006" / file) for run in (first, second))
         assert one.keys() == other.keys()
@@ -132,7 +125,7 @@ def test_two_ranks_train_as_one(store, recipe, tmp_path):
     facts = [json.loads((tmp_path / f"run.rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [fact["world_size"] for fact in facts] == [2, 2]
     assert facts[0]["weights"] == facts[1]["weights"]
-    assert [line["step"] for line in lines(run) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in untimed_lines(run) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
     generator = torch.Generator().manual_seed(0)
     scores, features = torch.randn(6, 5, generator=generator), torch.randn(6, 4, generator=generator)

@@ -19,6 +19,7 @@ from brainfound.training import checkpoint
 from brainfound.training.checkpoint import latest_valid_checkpoint
 from brainfound.training.engine import EngineRecipe
 from brainfound.training.optim import NonfiniteStepMonitor
+from tests.tiny_runs import log_lines
 from tests.training.line_task import Line, engine
 
 
@@ -108,7 +109,7 @@ def test_sigterm_saves_a_checkpoint_and_resume_ends_the_same(tmp_path):
     whole = Line()
     engine(whole, tmp_path).run()
     assert resumed.model.weight.item() == whole.model.weight.item()
-    losses = [[json.loads(text)["loss"] for text in (f / "log.jsonl").open()] for f in (stopped, tmp_path)]
+    losses = [[line["loss"] for line in log_lines(f)] for f in (stopped, tmp_path)]
     assert losses[0] == losses[1]
 
 

@@ -1,4 +1,4 @@
-"""Parameter groups: everything once, at the right rate."""
+"""The state of the optimiser and clipping; `tests/pretraining/test_exactness_learning.py` has the parameter groups."""
 
 from __future__ import annotations
 
@@ -6,71 +6,13 @@ import pytest
 import torch
 
 from brainfound.pretraining.objectives.encoder_with_heads import DistillationModel
-from brainfound.training.optim import (
-    OptimRecipe,
-    allocate_moments,
-    clip_gradients,
-    make_optimizer,
-    parameter_groups,
-    parameter_settings,
-)
+from brainfound.training.optim import OptimRecipe, allocate_moments, clip_gradients, make_optimizer, parameter_groups
 
 
 @pytest.fixture
 def student(model, recipe):
     objective = recipe().objective
     return DistillationModel(model.encoder, objective.head, objective.shared_head, objective.drop_path, seed=0)
-
-
-def traits(student, part: str, settings: OptimRecipe):
-    ((name, parameter),) = [(n, p) for n, p in student.named_parameters() if n.endswith(part)]
-    return parameter_settings(name, parameter, num_layers=2, recipe=settings)
-
-
-def test_groups_hold_every_parameter_exactly_once(student):
-    groups = parameter_groups(student.named_parameters(), 2, OptimRecipe())
-    grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(grouped) == sorted(id(parameter) for parameter in student.parameters())
-    assert len(grouped) == len(set(grouped))
-
-
-def test_layers_learn_slower_towards_the_input(student):
-    settings = OptimRecipe(layer_decay=0.5, patch_embed_scale=0.2)
-    scales = {
-        part: traits(student, part, settings).lr_scale
-        for part in (
-            "backbone.layernorm.weight",
-            "layer.1.norm1.weight",
-            "layer.0.norm1.weight",
-            "cls_token",
-            "projection.weight",
-        )
-    }
-    assert scales == {
-        "backbone.layernorm.weight": 1.0,
-        "layer.1.norm1.weight": 0.5,
-        "layer.0.norm1.weight": 0.25,
-        "cls_token": 0.125,
-        "projection.weight": 0.125 * 0.2,
-    }
-
-
-def test_what_the_checkpoint_does_not_bring_is_new_and_learns_at_the_full_rate(student):
-    for part in ("mask_token", "contrast_embedding.weight", "heads.ibot.mlp.0.weight"):
-        assert (traits(student, part, OptimRecipe()).role, traits(student, part, OptimRecipe()).lr_scale) == (
-            "new",
-            1.0,
-        )
-    assert traits(student, "heads.dino.last_layer.weight", OptimRecipe()).role == "last_layer"
-    assert traits(student, "layer.0.norm1.weight", OptimRecipe()).role == "backbone"
-
-
-def test_only_matrices_decay(student):
-    decaying = {name for name, p in student.named_parameters() if parameter_settings(name, p, 2, OptimRecipe()).decays}
-    assert "encoder.backbone.embeddings.patch_embeddings.projection.weight" in decaying
-    assert "heads.dino.mlp.0.weight" in decaying
-    for part in ("bias", "norm", "lambda1", "token", "position_embeddings", "contrast_embedding"):
-        assert not [name for name in decaying if part in name]
 
 
 def test_an_optimiser_state_fits_a_second_one(student):

@@ -18,6 +18,7 @@ from brainfound.models import BrainFoundModel
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.training_task import PretrainTask
 from brainfound.training import distributed
+from tests.training.line_task import Killed
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
 
@@ -135,10 +136,6 @@ def test_the_best_teacher_that_cannot_be_kept_ends_the_run_on_all_ranks(store, r
     assert any("_save_best_encoder" in work.__qualname__ for work in called)
 
 
-class Killed(BaseException):
-    """What nothing in a run catches, as nothing catches SIGKILL."""
-
-
 def test_the_best_teacher_of_the_checkpoint_outlives_a_newer_one_that_no_checkpoint_knows(
     store, recipe, tmp_path, monkeypatch
 ):
@@ -183,6 +180,7 @@ ONE_FAILS = """
 import os, sys
 from brainfound.errors import BrainFoundError, StoreError
 from brainfound.training import distributed
+from tests.training.line_task import Killed
 from brainfound.training.process import make_accelerator
 
 accelerator = make_accelerator("no")

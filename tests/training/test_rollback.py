@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
-from safetensors.torch import load_file
 
 from brainfound.errors import TrainingError
 from brainfound.training import checkpoint
 from brainfound.training.checkpoint import latest_valid_checkpoint, list_checkpoints
 from brainfound.training.task import RollbackPolicy, RollbackRequested
-from tests.training.line_task import Line, engine
-from tests.training.test_checkpoint import keep_marked, make, names
+from tests.tiny_runs import checkpoint_tensors, log_lines, untimed_lines
+from tests.training.line_task import Killed, Line, checkpoint_names, engine, make_checkpoint
 
 
 class Fickle(Line, RollbackPolicy):
@@ -59,14 +57,6 @@ class Fickle(Line, RollbackPolicy):
         self.rollbacks, self.scale = state["rollbacks"], state["scale"]
 
 
-def log_of(folder):
-    return [json.loads(text) for text in (folder / "log.jsonl").open()]
-
-
-def weights_of(folder, step):
-    return load_file(folder / "checkpoints" / f"step-{step:06d}" / "model.safetensors")["weight"].item()
-
-
 FICKLE = {"steps": 8, "checkpoint_every": 1, "keep_checkpoints": 1}
 
 
@@ -75,14 +65,14 @@ def test_a_rollback_goes_back_to_the_kept_checkpoint_and_on_with_a_lower_rate(tm
     engine(task, tmp_path, **FICKLE).run()
     # Half the rate is still too high, a quarter is not.
     assert (task.rollbacks, task.scale, task.first_steps) == (2, 0.25, [0, 2, 2])
-    log = log_of(tmp_path)
+    log = log_lines(tmp_path)
     events = [line for line in log if "rolled_back_from" in line]
     expected = {"step": 2, "rolled_back_from": 6, "reason": "the probe fell"}
     assert events == [{**expected, "rollback": 1, "lr_scale": 0.5}, {**expected, "rollback": 2, "lr_scale": 0.25}]
     assert [line["step"] for line in log if "loss" in line] == list(range(1, 9))
     assert [line["step"] for line in log if "probe" in line] == [0, 2, 4, 6, 8]
     for number in (1, 2):
-        moved = [json.loads(text) for text in (tmp_path / f"log-before-rollback-{number}.jsonl").open()]
+        moved = log_lines(tmp_path, file=f"log-before-rollback-{number}.jsonl")
         assert [line["step"] for line in moved] == [3, 4, 4, 5, 6, 6]
         assert moved[-1]["probe"] == 0
     # What is trained is what a run would be that took the low rate from step 2 on.
@@ -92,10 +82,6 @@ def test_a_rollback_goes_back_to_the_kept_checkpoint_and_on_with_a_lower_rate(tm
     engine(direct, tmp_path / "direct", **FICKLE).run()
     assert task.model.weight.item() == direct.model.weight.item()
     assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["step-000002", "step-000008"]
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the engine catches it."""
 
 
 KEPT_THREE = {**FICKLE, "keep_checkpoints": 3}
@@ -147,42 +133,37 @@ def test_a_rollback_survives_a_kill_at_any_moment(rolled_back, tmp_path, monkeyp
     going_on.resume(latest_valid_checkpoint(run / "checkpoints"))
     going_on.run()
     assert (resumed.rollbacks, resumed.scale) == (2, 0.25)
-    timing = {"seconds_per_step", "images_per_second", "data_wait"}
-    files = ("log.jsonl", "log-before-rollback-1.jsonl", "log-before-rollback-2.jsonl")
-    for file in files:
-        one, other = (
-            [{k: v for k, v in json.loads(text).items() if k not in timing} for text in (folder / file).open()]
-            for folder in (whole, run)
-        )
-        assert one == other, file
-    assert weights_of(whole, 8) == weights_of(run, 8)
-    names = [[p.name for p in list_checkpoints(folder / "checkpoints")] for folder in (whole, run)]
-    assert names[0] == names[1]
+    for file in ("log.jsonl", "log-before-rollback-1.jsonl", "log-before-rollback-2.jsonl"):
+        assert untimed_lines(whole, file=file) == untimed_lines(run, file=file), file
+    assert checkpoint_tensors(whole, 8) == checkpoint_tensors(run, 8)
+    assert checkpoint_names(whole / "checkpoints") == checkpoint_names(run / "checkpoints")
+
+
+class Torn(Fickle):
+    """The checkpoint to go back to is damaged before the scores fall."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.kept_weights = folder / "checkpoints" / "step-000002" / "model.safetensors"
+
+    def evaluate(self, step):
+        if step == 6:
+            self.kept_weights.write_bytes(b"")
+        return super().evaluate(step)
 
 
 def test_a_rollback_to_a_torn_checkpoint_is_one_clear_error(tmp_path):
-    class Torn(Fickle):
-        def evaluate(self, step):
-            if step == 6:
-                (tmp_path / "checkpoints" / "step-000002" / "model.safetensors").write_bytes(b"")
-            return super().evaluate(step)
-
     with pytest.raises(TrainingError, match="step-000002.*is damaged"):
-        engine(Torn(), tmp_path, **FICKLE).run()
+        engine(Torn(tmp_path), tmp_path, **FICKLE).run()
 
 
 def test_a_task_whose_rollback_fails_is_as_before_it_and_may_end_the_run_itself(tmp_path):
-    class Torn(Fickle):
-        def evaluate(self, step):
-            if step == 6:
-                (tmp_path / "checkpoints" / "step-000002" / "model.safetensors").write_bytes(b"")
-            return super().evaluate(step)
-
+    class EndsTheRun(Torn):
         def on_rollback_failed(self, step, request, error):
             raise TrainingError(f"{request.what}; {error.what}", where=step)
 
-    task = Torn()
-    with pytest.raises(TrainingError, match=r"^6: the probe fell; the checkpoint to return to is damaged$"):
+    task = EndsTheRun(tmp_path)
+    with pytest.raises(TrainingError, match=r"^6: the probe fell; the checkpoint to go back to is damaged$"):
         engine(task, tmp_path, **FICKLE).run()
     assert (task.rollbacks, task.scale) == (0, 1.0)
 
@@ -199,12 +180,12 @@ def test_the_kept_checkpoint_of_the_start_can_be_gone_back_to(tmp_path):
     task = FromTheStart()
     engine(task, tmp_path, **FICKLE).run()
     assert task.first_steps == [0, 0, 0]
-    assert [line["step"] for line in log_of(tmp_path) if "probe" in line] == [0, 2, 4, 6, 8]
+    assert [line["step"] for line in log_lines(tmp_path) if "probe" in line] == [0, 2, 4, 6, 8]
 
 
 def test_after_a_rollback_its_checkpoint_goes_before_later_ones_and_they_are_removed(tmp_path):
     for step in (2, 3, 4):
-        checkpoint.save_checkpoint(tmp_path, keep_marked(step, kept=step == 2), keep=3)
+        checkpoint.save_checkpoint(tmp_path, make_checkpoint(step, kept=step == 2), keep=3)
     back = checkpoint.checkpoint_path(tmp_path, 2)
     checkpoint.update_checkpoint_state(back, {"rollbacks": 1, "task": {"scale": 0.5}})
     assert checkpoint.latest_valid_checkpoint(tmp_path) == back
@@ -212,14 +193,14 @@ def test_after_a_rollback_its_checkpoint_goes_before_later_ones_and_they_are_rem
     assert present.state["task"] == {"scale": 0.5}
     assert present.state["kept"]
     checkpoint.remove_rolled_back_checkpoints(tmp_path, present)
-    assert names(tmp_path) == ["step-000002"]
-    later = checkpoint.save_checkpoint(tmp_path, keep_marked(3, rollbacks=1), keep=3)
+    assert checkpoint_names(tmp_path) == ["step-000002"]
+    later = checkpoint.save_checkpoint(tmp_path, make_checkpoint(3, rollbacks=1), keep=3)
     checkpoint.remove_rolled_back_checkpoints(tmp_path, present)
     assert checkpoint.latest_valid_checkpoint(tmp_path) == later
 
 
 def test_a_torn_checkpoint_is_not_gone_back_to(tmp_path):
-    path = checkpoint.save_checkpoint(tmp_path, make(1), keep=1)
+    path = checkpoint.save_checkpoint(tmp_path, make_checkpoint(1), keep=1)
     (path / "task.safetensors").unlink()
     with pytest.raises(TrainingError, match=r"is damaged.*task\.safetensors is missing"):
         checkpoint.update_checkpoint_state(path, {"rollbacks": 1})
@@ -227,8 +208,8 @@ def test_a_torn_checkpoint_is_not_gone_back_to(tmp_path):
 
 def test_steps_of_seven_digits_come_after_those_of_six(tmp_path):
     for step in (999_999, 1_000_000):
-        checkpoint.save_checkpoint(tmp_path, keep_marked(step, kept=step == 999_999), keep=3)
+        checkpoint.save_checkpoint(tmp_path, make_checkpoint(step, kept=step == 999_999), keep=3)
     back = checkpoint.checkpoint_path(tmp_path, 999_999)
     checkpoint.update_checkpoint_state(back, {"rollbacks": 1})
     checkpoint.remove_rolled_back_checkpoints(tmp_path, checkpoint.load_checkpoint(back))
-    assert names(tmp_path) == ["step-999999"]
+    assert checkpoint_names(tmp_path) == ["step-999999"]

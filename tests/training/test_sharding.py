@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from brainfound.training import distributed
 from brainfound.training.engine import Engine
 from brainfound.training.optim import make_optimizer, parameter_groups
 from brainfound.training.process import make_accelerator
+from tests.tiny_runs import untimed_lines
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
 LAST = "step-000006"
@@ -212,17 +212,12 @@ def test_a_task_that_was_not_sharded_is_refused(tmp_path, recipe, monkeypatch):
         Engine(Task(), recipe("engine.parallel=fsdp").engine, tmp_path, make_accelerator("no"))
 
 
-def lines(run: Path) -> list[dict]:
-    timing = {"seconds_per_step", "images_per_second", "data_wait"}
-    return [{k: v for k, v in json.loads(text).items() if k not in timing} for text in (run / "log.jsonl").open()]
-
-
 def weights(run: Path, file: str) -> dict[str, torch.Tensor]:
     return load_file(run / file)
 
 
 def require_close(first: Path, second: Path) -> None:
-    for one, other in zip(lines(first), lines(second), strict=True):
+    for one, other in zip(untimed_lines(first), untimed_lines(second), strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():
             if isinstance(value, str):
@@ -261,7 +256,7 @@ def test_two_sharded_processes_train_as_two_that_are_not(store, recipe, tmp_path
     exported = [weights(run / "export", "model.safetensors") for run in (ddp, fsdp)]
     torch.testing.assert_close(exported[0], exported[1], rtol=1e-5, atol=1e-5)
     # On the same ranks a sharded run goes on exactly.
-    assert lines(fsdp) == lines(tmp_path / "fsdp-again")
+    assert untimed_lines(fsdp) == untimed_lines(tmp_path / "fsdp-again")
     for file in ("model.safetensors", "task.safetensors"):
         one, other = (weights(run / "checkpoints" / LAST, file) for run in (fsdp, tmp_path / "fsdp-again"))
         assert all(torch.equal(one[name], other[name]) for name in one)

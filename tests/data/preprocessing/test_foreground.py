@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from brainfound.data.preprocessing.foreground import _block_means_3d, _constant_background, foreground
+from brainfound.data.preprocessing.foreground import _block_means_3d, _constant_background, _otsu, foreground
 from brainfound.data.preprocessing.grids import bounding_box
 
 
@@ -44,6 +44,22 @@ def test_means_of_blocks_are_a_uniform_filter_sampled(shape, size, axes):
     data = np.random.default_rng(0).normal(5, 1, shape).astype(np.float32).transpose(axes)[::-1]
     expected = ndimage.uniform_filter(data, size=size, mode="nearest")[:: size[0], :: size[1], :: size[2]]
     np.testing.assert_allclose(_block_means_3d(data, list(size)), expected, rtol=1e-5)
+
+
+def test_the_threshold_leaves_the_least_variance_within_its_two_classes():
+    """Otsu's criterion the other way round, over all thresholds."""
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(20, 6, 6000), rng.normal(80, 15, 3000), [900.0]]).clip(0)
+    clipped = np.minimum(values, np.percentile(values, 99.9))
+    edges = np.linspace(clipped.min(), clipped.max(), 65)
+    centres = (edges[:-1] + edges[1:]) / 2
+    binned = centres[(np.searchsorted(edges, clipped, side="right") - 1).clip(max=63)]
+
+    def variance_within(threshold: float) -> float:
+        low = binned <= threshold
+        return low.mean() * binned[low].var() + (~low).mean() * binned[~low].var()
+
+    assert _otsu(values, bins=64) == pytest.approx(min(centres[:-1], key=variance_within))
 
 
 @pytest.mark.parametrize("noise", [0.0, 8.0])

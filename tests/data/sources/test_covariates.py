@@ -114,3 +114,11 @@ def test_numbers_that_may_be_codes_are_kept_and_noted(tmp_path, values, noted):
     assert [str(value).removesuffix(".0") for value in found[:2]] == list(values[:2])
     assert noted in notes
     assert bool(noted) == ("'score' holds 1 × a number that may be a code" in notes)
+
+
+@pytest.mark.parametrize(
+    "code", ["-9", "-77", "-88", "-99", "-777", "-888", "-999", "-9999", "-99999", "999", "9999", "99999"]
+)
+def test_each_code_of_other_programs_is_noted(tmp_path, code):
+    _, notes = read_column(tmp_path, "score", "27", code, "24")
+    assert "'score' holds 1 × a number that may be a code" in notes

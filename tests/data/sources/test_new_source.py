@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
-import brainfound
-
 SOURCE = '''
 """Folders with an ``index.txt`` of lines ``SUBJECT CONTRAST FILE``."""
 
@@ -45,10 +37,8 @@ main()
 """
 
 
-def test_one_module_and_one_line_make_a_source(tmp_path):
-    package = tmp_path / "package" / "brainfound"
-    shutil.copytree(Path(brainfound.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    sources = package / "data" / "sources"
+def test_one_module_and_one_line_make_a_source(package_copy, run_on_copy, tmp_path):
+    sources = package_copy / "data" / "sources"
     (sources / "index_file.py").write_text(SOURCE)
     registry = (sources / "__init__.py").read_text()
     line = "    manifest.LAYOUT,\n"
@@ -58,17 +48,11 @@ def test_one_module_and_one_line_make_a_source(tmp_path):
     cohort = tmp_path / "cohort"
     cohort.mkdir()
     (cohort / "index.txt").write_text("a T1w a.nii.gz\nb FLAIR b.nii.gz\n")
-
-    def list_cohort() -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(package.parent)}
-        command = [sys.executable, "-c", RUN, str(cohort)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-
-    done = list_cohort()
+    done = run_on_copy(RUN, cohort)
     assert done.returncode == 0, done.stderr
     assert "layout            index" in done.stdout
     assert "2, in 2 sessions with 2 scans" in done.stdout
     (cohort / "index.txt").write_text("a T1w\n")
-    refused = list_cohort()
+    refused = run_on_copy(RUN, cohort)
     assert refused.returncode == 1
     assert refused.stderr == "brainfound: index.txt: not SUBJECT CONTRAST FILE (got a T1w)\n"

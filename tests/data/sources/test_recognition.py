@@ -87,11 +87,11 @@ def test_reading_twice_gives_the_same_and_the_text_is_one_line(layout):
     assert repr(first) == "Cohort(BIDS, 3 sessions of 3 subjects: T1w 6; 1 files unused)"
 
 
-def test_every_cohort_can_be_described_without_reading_voxels(layout):
-    for content in LAYOUTS.values():
-        cohort = Cohort.read(layout(content=content))
-        assert len(cohort) == len(list(cohort.sessions())) >= 1
-        assert set(cohort.mask_columns) >= {"mask"}
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_cohort_can_be_described_without_reading_voxels(layout, name):
+    cohort = Cohort.read(layout(content=LAYOUTS[name]))
+    assert len(cohort) == len(list(cohort.sessions())) >= 1
+    assert set(cohort.mask_columns) >= {"mask"}
 
 
 def test_folders_beside_bids_data_sets_are_not_lost_in_silence(tmp_path, write_scan):

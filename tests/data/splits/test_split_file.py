@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,19 +13,7 @@ from hypothesis import strategies as st
 
 from brainfound.data.splits.split_file import SCHEMA, Split, read_folds, require_no_shared_images
 from brainfound.errors import UsageError
-
-
-class TableStore(SimpleNamespace):
-    """A store's table without images."""
-
-    def __init__(self, table: pd.DataFrame) -> None:
-        super().__init__(sessions=table, content_hash="abc", path=Path("stores/table"))
-
-    def __len__(self) -> int:
-        return len(self.sessions)
-
-    def covariate(self, name: str) -> pd.Series:
-        return self.sessions[name]
+from tests.table_store import TableStore
 
 
 @pytest.fixture
