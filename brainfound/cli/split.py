@@ -38,6 +38,7 @@ def split(
     `brainfound finetune --split` reads the file. All sessions of a subject stay together, and so do subjects who share
     an image.
     """
+    from brainfound.data.sources.tables import count_noun
     from brainfound.data.store import Store
     from brainfound.finetuning.splits import make_split, split_from_file
 
@@ -69,7 +70,7 @@ def split(
     for site in made.made.get("sites_without_fold", ()):
         print_note(f"site {site} has no fold: all of its subjects were seen at another site too")
     if linked := made.made.get("num_linked_subjects", 0):
-        print_note(f"{linked} subjects have an image of another subject: kept in one part with it")
+        print_note(f"{count_noun(linked, 'subject')} with an image of another subject: kept in one part with it")
 
 
 def _write(made: Split, out: Path, overwrite: bool) -> None:

@@ -280,7 +280,7 @@ def _describe_test_subjects(history: TrainingHistory, store: Store, parts: Mappi
         return f"Its scores are of subjects that the fine-tuning did not see, {known}."
     if history.complete:
         return "Its scores are of subjects that it never saw."
-    if not history.names_subjects:
+    if not history.trainings:
         known = "that the fine-tuning did not see; the subjects in the training of its starting model are not recorded"
     else:
         known = "that neither the fine-tuning nor the recorded training before it saw; earlier training is not recorded"

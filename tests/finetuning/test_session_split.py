@@ -239,26 +239,6 @@ def test_a_history_knows_subjects_of_each_training_by_name_or_image(table_store,
     assert not again.seen(others, range(80)).any()
 
 
-@pytest.mark.parametrize(
-    ("facts", "is_known"),
-    [
-        ({"data_hash": "abc"}, True),
-        ({"data_hash": "another"}, False),
-        ({"data_hash": "abc", "exported_step": 0}, False),  # nothing was trained
-        ({"data_hash": "abc", "target": {}}, False),  # fine-tuning used a part of the store
-        (["data_hash"], False),
-        (None, False),
-    ],
-)
-def test_an_export_without_a_history_has_the_data_hash_of_its_run(table_store, tmp_path, facts, is_known):
-    if facts is not None:
-        (tmp_path / "run.json").write_text(json.dumps(facts))
-    (tmp_path / "export").mkdir()
-    history = TrainingHistory.load(tmp_path / "export")
-    assert not history.complete
-    assert history.seen(table_store, range(80)).tolist() == [is_known] * 80
-
-
 def test_a_run_says_which_file_it_followed_and_how_many_it_left_out(table_store, tmp_path):
     given = tmp_path / "few.json"
     make_split(table_store, num_subjects=[4], seed=1).save(given)

@@ -266,8 +266,8 @@ def test_two_answers_do_not_share_a_name(segmenter, source, tmp_path):
     first, second = (segmenter.predict(source / f"{name}_T1w.nii.gz") for name in ("s02", "s03"))
     files = {file.name for answer in (first, second) for file in answer.save(tmp_path)}
     assert files == {f"{name}_T1w{ending}" for name in ("s02", "s03") for ending in ("_dseg.nii.gz", ".json")}
-    with pytest.raises(UsageError, match="there already"):
+    with pytest.raises(UsageError, match="already exists"):
         first.save(tmp_path)
-    with pytest.raises(UsageError, match="there already"):
+    with pytest.raises(UsageError, match="already exists"):
         first.save(tmp_path, "s03_T1w")
     assert first.save(tmp_path, overwrite=True)

@@ -163,7 +163,7 @@ def test_a_task_whose_rollback_fails_is_as_before_it_and_may_end_the_run_itself(
             raise TrainingError(f"{request.what}; {error.what}", where=step)
 
     task = EndsTheRun(tmp_path)
-    with pytest.raises(TrainingError, match=r"^6: the probe fell; the checkpoint to go back to is damaged$"):
+    with pytest.raises(TrainingError, match=r"^6: the probe fell; the checkpoint to return to is damaged$"):
         engine(task, tmp_path, **FICKLE).run()
     assert (task.rollbacks, task.scale) == (0, 1.0)
 

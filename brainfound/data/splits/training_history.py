@@ -7,7 +7,6 @@ under another name. Names cannot be read from it, but a list of names can be tes
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -32,12 +31,7 @@ class TrainingHistory(Recipe):
     """Whether all training since the random weights is recorded."""
 
     trainings: tuple[dict[str, Any], ...] = ()
-    """A `hash_split` per training; of a run that recorded no subjects, only its ``data_hash``."""
-
-    @property
-    def names_subjects(self) -> bool:
-        """Whether there are trainings, each with its subjects; only then is one that is not `seen` new to them."""
-        return bool(self.trainings) and all("subjects" in training for training in self.trainings)
+    """A `hash_split` per training."""
 
     def extended(self, store: Store, parts: Mapping[str, np.ndarray]) -> TrainingHistory:
         """With one more training, on the train and validation parts of a store."""
@@ -48,10 +42,7 @@ class TrainingHistory(Recipe):
         """Whether each session, ``(n,)`` bool, is by name or image of a subject of a recorded training."""
         found = np.zeros(len(sessions), dtype=bool)
         for training in self.trainings:
-            if "subjects" in training:
-                found |= seen_in_training(training, store, sessions)
-            else:
-                found |= training["data_hash"] == store.content_hash
+            found |= seen_in_training(training, store, sessions)
         return found
 
     def save(self, folder: str | Path) -> Path:
@@ -60,18 +51,8 @@ class TrainingHistory(Recipe):
 
     @classmethod
     def load(cls, folder: str | Path) -> TrainingHistory:
-        """Read that of a model folder; where it has none, the data hash of its run, if any. Errors as `load_json`."""
-        own = load_json(cls, Path(folder) / HISTORY_FILE)
-        if own is not None:
-            return own
-        try:
-            # An export of an earlier version: pretraining used the whole store.
-            facts = json.loads((Path(folder).resolve().parent / "run.json").read_text(encoding="utf-8"))
-            is_pretrained = "target" not in facts and facts.get("exported_step") != 0
-            known = {"data_hash": str(facts["data_hash"])} if is_pretrained else {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            known = {}
-        return cls(trainings=(known,) if known else ())
+        """Read that of a model folder; empty where it has none. Errors as `load_json`."""
+        return load_json(cls, Path(folder) / HISTORY_FILE) or cls()
 
 
 def hash_split(store: Store, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
