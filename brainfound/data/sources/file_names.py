@@ -26,6 +26,7 @@ from brainfound.data.sources.word_table import (
 )
 from brainfound.data.sources.words import (
     NO_CONTRAST,
+    PROTOCOL_WORDS,
     Reading,
     find_words,
     is_contrast_word,
@@ -229,8 +230,13 @@ def parse_filename(path: PurePath) -> FileName:
         dropped |= {i for part, i in parts if part in _WORDS_OF_LABEL_MAPS or f"{part}_mask" == column}
     processing = {i for i, word in enumerate(lower) if word in PROCESSING_WORDS} - dropped
     # A number after the contrast counts repeats (p1_T1_2), unless only it can name the subject (study_T1_01).
-    has_number = any(re.search(r"\d", word) for i, word in enumerate(lower[:first]) if i not in dropped)
-    repeats = {i for i in range(last, len(words)) if has_number and _REPEAT.fullmatch(lower[i])}
+    before = [word for i, word in enumerate(lower[:first]) if i not in dropped and word not in PROTOCOL_WORDS]
+    has_number = any(re.search(r"\d", word) for word in before)
+    repeats: set[int] = set()
+    for i in range(last, len(words)):
+        # Behind another word, a number is part of an identifier or of a date (7_T1_hc_01, 7_T1_2019-03).
+        if has_number and _REPEAT.fullmatch(lower[i]) and i - 1 in dropped | processing | repeats:
+            repeats.add(i)
     kept = [i for i in range(len(words)) if i not in dropped | processing | repeats]
     num_additional = len(processing) + len(repeats) + len(used)
     order = (rank, num_additional, natural_sort_key(name))

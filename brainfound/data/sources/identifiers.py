@@ -1,4 +1,4 @@
-"""Who is a person: the subject, the visit and the site that a free-form identifier names.
+"""The subject, the visit and the site that a free-form identifier names; `persons` compares the subjects.
 
 An identifier is what a name of a file or folder says besides the contrast: ``p07_v2_mpr`` is the subject ``p07`` at the
 visit ``v2``, scanned with the protocol ``mpr``.
@@ -27,7 +27,7 @@ _OPERATION = r"(?:op|operative|surgery|surgical|treatment|tx|rt|chemo|therapy)"
 _SESSION = (
     rf"(?:ses-[a-z0-9]+|(?<={SEPARATOR}){_DATE}_{_CLOCK}|{_DATE}(?:T?{_CLOCK})?"
     rf"|(?:ses|sess|session|visit|vis|wave|tp|time[-_ ]?point|time|study|exam|{_UNIT}|fu|fup|follow[-_ ]?up|baseline|bl"
-    rf"|scan|mr|v|m|w|y|d){_NUMBER}|\d{{1,4}}{_UNIT}|\d{{1,3}}[mwy]"
+    rf"|scan|mr|v|m|w|y|d){_NUMBER}|\d{{1,3}}{_UNIT}(?![-_ ]\d)|\d{{1,3}}[mwy]"
     rf"|baseline|base|bl|bsl|screening|screen|scr|sc|initial|init|follow[-_ ]?up|fup?|rescan|retest"
     rf"|(?:pre|post)[-_]?{_OPERATION}"
     r"|(?:first|second|third|1st|2nd|3rd|\dth)[-_ ]?(?:visit|scan|exam|session))"
@@ -48,10 +48,11 @@ _OTHER_VISIT = (
 )
 """Words of visits in other languages, and short dates; a subject may be named like them."""
 MAYBE_SESSION = re.compile(
+    rf"^\d_\d(?=_)|"
     rf"(?:(?<=\d)(?!\d)|(?<=\d[a-z])|(?<={SEPARATOR})|^)(?:{_SESSION}|t\d{{1,2}}|first|second|third|last)(?={SEPARATOR}|$)"
     rf"|(?<=\d)[a-z](?={SEPARATOR}|$)|(?<={SEPARATOR})[a-z]$"
     rf"|(?:(?<=\d)|(?<={SEPARATOR})){_OTHER_VISIT}(?={SEPARATOR}|$)"
-    rf"|(?<=[a-z])(?:ses|session|visit|tp|wk|week|month|year|baseline|follow-?up|(?:pre|post)[-_]?op)\d*(?={SEPARATOR}|$)",
+    rf"|(?<=[a-z\d])(?:ses|session|visit|tp|wk|week|month|year|baseline|screening|follow-?up|(?:pre|post)[-_]?op)(?:[-_]?\d+)?(?={SEPARATOR}|$)",
     re.IGNORECASE,
 )
 """All that may be a visit, also without a separator: ``p07v2``, ``p07b``, ``annatp1``."""

@@ -143,10 +143,14 @@ def _describe(root: Path, image: Path) -> _File:
         name = replace(name, contrast=UNKNOWN, label_column="mask")
     folders = tuple(part for part in parts if not _is_skipped_folder(part))
     outer = parts[: parts.index(folders[0])] if folders else parts
-    in_subject = bool(folders) and parse_identifier(folders[-1]).subject != ""
+    in_subject = bool(folders) and parse_identifier(folders[-1]).subject != "" and not is_session_name(folders[-1])
     is_last = stem(image).endswith(name.identifier)
     # A repeat number (p1/T1_2.nii.gz) or that of a series (p1/2_T1.nii.gz), but berlin/2_T1.nii.gz may be a person.
-    if in_subject and re.fullmatch(r"\d{1,2}", name.identifier) and (is_last or has_number(folders[-1])):
+    if (
+        in_subject
+        and re.fullmatch(r"\d{1,2}", name.identifier)
+        and (is_last or (has_number(folders[-1]) and not folders[-1].isdecimal()))
+    ):
         name = replace(name, identifier="")
     identity = parse_identifier(name.identifier)
     if not identity.certain:
@@ -180,10 +184,9 @@ def _without_words_after_contrast(identity: SubjectIdentity, image: Path) -> Sub
 def _without_words(identity: SubjectIdentity, number: int) -> SubjectIdentity:
     """The subject's first words only. Other words become `SubjectIdentity.words`; other numbers may be people."""
     others = split_words(identity.subject)[number:]
-    unknown = tuple(word for word in others if not _PROTOCOL_OPTION.fullmatch(word))
-    if not others or any(re.search(r"\d", word) for word in unknown):
+    if any(re.search(r"\d", word) and not _PROTOCOL_OPTION.fullmatch(word) for word in others):
         return identity
-    return replace(identity, subject=keep_words(identity.subject, number), words=(*identity.words, *unknown))
+    return replace(identity, subject=keep_words(identity.subject, number), words=(*identity.words, *others))
 
 
 def _identify_subjects(root: Path, files: list[_File]) -> list[tuple[_File, SubjectIdentity]]:

@@ -1,4 +1,7 @@
-"""Whether several subjects of a source may be one person, who would leak across splits."""
+"""Whether several subjects of a source may be one person, who would leak across splits.
+
+`identifiers` says which subject one name gives; here, all subjects are compared.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,11 @@ _DATE = re.compile(
 """What is hardly the number of a person."""
 _ACCESSION = re.compile(r"[a-z]{0,3}\d{5,}|[a-z]\d{4,}", re.IGNORECASE)
 """The number of an examination, or of a person."""
+_GLUED_VISIT = re.compile(
+    r"(?!.*(?:patient|subject|participant|adult)\d)(.*[^\W\d_]{2}?)(?:[dtvmwy]\d{1,2}|bl|sc|fu\d*|pre|post|first|second|third|last)",
+    re.IGNORECASE,
+)
+_MONTHS = re.compile(r"m(?:00|03|06|12|18|24|36|48|60)$", re.IGNORECASE)
 _MAX_VISITS = 4
 """With more names of one first word, the word names a group and not a person."""
 
@@ -55,15 +63,30 @@ def find_doubt(identities: Sequence[SubjectIdentity]) -> Doubt | None:
         _find_equal(subjects, str.lower, "two subjects differ in capital letters only")
         or _find_equal(subjects, spelling, "two subjects differ in separators or zeros only")
         or _find_equal(uncertain, _sorted_names, "two subjects differ in the order of their words only")
+        or _find_equal(uncertain, _without_leading_number, _ONE_OR_TWO)
         or _find_processed(subjects)
         or _find_beginnings(subjects, uncertain)
         or _find_equal(subjects, person_words, _ONE_OR_TWO)
         or _find_shared_numbers(subjects, uncertain)
         or _find_dates(uncertain)
+        or _find_glued_visits(uncertain)
     )
 
 
 _ONE_OR_TWO = "they may be two subjects or two visits of one"
+
+
+def _find_glued_visits(uncertain: Sequence[str]) -> Doubt | None:
+    """Names that all end in a visit, some in several: ``annad1``, ``annad2``, ``bobd1``; ``annam00``, ``annam12``."""
+    by_stem: dict[str, list[str]] = defaultdict(list)
+    for subject in uncertain:
+        match = _GLUED_VISIT.fullmatch(subject)
+        if not match:
+            return None
+        by_stem[match.group(1).lower()].append(subject)
+    repeated = [named for named in by_stem.values() if len(named) > 1]
+    are_visits = len(by_stem) > 1 or not any(re.search(r"\d$", _MONTHS.sub("", name)) for name in uncertain)
+    return (_ONE_OR_TWO, f"{repeated[0][0]} and {repeated[0][1]}") if repeated and are_visits else None
 
 
 def find_same_spelling(subjects: Iterable[str]) -> str | None:
@@ -84,6 +107,12 @@ def _find_equal(subjects: Iterable[str], key: Callable[[str], Hashable], what: s
 def _sorted_names(subject: str) -> tuple[str, ...] | None:
     """The words of a name without a number, in alphabetical order: ``Anna_Meier`` and ``Meier_Anna`` are equal."""
     return None if re.search(r"\d", subject) else tuple(sorted(map(str, spelling(subject))))
+
+
+def _without_leading_number(subject: str) -> tuple[str, ...] | None:
+    """The words behind a number, if one of them has a number too: ``2_p1`` may be the second visit of ``p1``."""
+    first, *rest = split_words(subject) or ("",)
+    return tuple(rest) if re.fullmatch(r"\d{1,2}", first) and has_number("_".join(rest)) else None
 
 
 def _find_processed(subjects: Sequence[str]) -> Doubt | None:
@@ -110,6 +139,8 @@ def _find_beginnings(subjects: Iterable[str], uncertain: Iterable[str]) -> Doubt
         for length in range(1, len(words)):
             if words[:length] in by_words:
                 return "one name begins with another", f"{by_words[words[:length]]} and {subject}"
+            if words[length:] in by_words and not has_number(subject):
+                return "one name ends with another", f"{by_words[words[length:]]} and {subject}"
     return None
 
 

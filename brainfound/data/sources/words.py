@@ -1,4 +1,4 @@
-"""What the words of a file name, a BIDS name or a series description say of an image; `word_table` has the words.
+"""What the words of a name or a series description say of an image; `word_table` and `contrasts` have the words.
 
 A reading is a contrast, or ``unknown`` with the reason. Words of two contrasts leave doubt, except where one is a
 property of the other (T2 and FLAIR), or where a word between them makes the second the target of a registration
