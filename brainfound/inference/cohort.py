@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from brainfound.data.cohort import Cohort, Session
-from brainfound.errors import BrainFoundError, RefusedInputError
+from brainfound.errors import BrainFoundError, RefusedInputError, UsageError
 from brainfound.inference.explanation import Explanation, choose_methods
 from brainfound.inference.loading import load
 from brainfound.inference.prediction import Prediction, file_stem
@@ -101,6 +102,13 @@ def explain_cohort(
     return _answer_sessions(predictor, source, done, answer, progress)
 
 
+def _model_hash(file: Path) -> str | None:
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("model_hash")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def _answer_sessions(
     predictor: Predictor,
     source: str | Path | Cohort,
@@ -112,11 +120,18 @@ def _answer_sessions(
     cohort = source if isinstance(source, Cohort) else Cohort.read(source)
     sessions = list(cohort.sessions())
 
+    another_model = UsageError(
+        "the folder has an answer of another model",
+        where=None if done is None else done[0],
+        remedy="Give another folder, or overwrite",
+    )
+
     def prepare(session: Session) -> PredictorInput | BrainFoundError | str:
         if done is not None:
             folder, ending = done
-            if (folder / f"{file_stem(session.subject, session.session)}{ending}").is_file():
-                return "already done"
+            file = folder / f"{file_stem(session.subject, session.session)}{ending}"
+            if file.is_file():
+                return "already done" if _model_hash(file) == predictor.model_hash else another_model
         try:
             return predictor.prepare(session)
         except BrainFoundError as error:

@@ -21,7 +21,7 @@ import pandas as pd
 from brainfound.adapters.bundle_reader import Bundle, load_bundle
 from brainfound.data.checking.contract import InputContract, missing_contrast_note
 from brainfound.data.splits.split_file import PARTS
-from brainfound.data.splits.training_history import TrainingHistory, is_in_parts, seen_in_training
+from brainfound.data.splits.training_history import TrainingHistory, image_in_training, is_in_parts, seen_in_training
 from brainfound.data.store import Store
 from brainfound.data.store.store import restrict_contrasts
 from brainfound.errors import ModelError, UsageError
@@ -209,6 +209,8 @@ def evaluate(
     if part == "test" and (seen := int(TrainingHistory.load(folder).seen(store, sessions).sum())):
         what = "by name or image, of subjects in the training data of the model that the fine-tuning started from"
         general.append(f"{seen} of {len(sessions)} sessions are, {what}")
+    if split is not None and split["data_hash"] != store.content_hash:
+        general += _notes_on_left_out(split, store, labelled)
     baseline = None
     if frozen:
         try:
@@ -266,6 +268,18 @@ def _select_sessions(split: dict[str, Any] | None, store: Store, labelled: np.nd
     if split["data_hash"] == store.content_hash:
         return labelled[is_in_parts(split, store, labelled.tolist(), part)].tolist()
     return labelled[~seen_in_training(split, store, labelled.tolist())].tolist()
+
+
+def _notes_on_left_out(split: dict[str, Any], store: Store, labelled: np.ndarray) -> list[str]:
+    """A note on the sessions of another store whose subjects the fine-tuning saw."""
+    sessions = labelled.tolist()
+    num_seen, by_image = int(seen_in_training(split, store, sessions).sum()), image_in_training(split, store, sessions)
+    if not num_seen:
+        return []
+    note = f"{num_seen} of {len(sessions)} labelled sessions are left out: their subjects are in the fine-tuning"
+    if by_image.any():
+        return [f"{note} ({int(by_image.sum())} by image, the others by name)"]
+    return [f"{note}, by name only. If they are other people, prepare the store from a manifest with other names"]
 
 
 def _absence_notes(contract: InputContract | None, store: Store, scored: SessionScores) -> tuple[str, ...]:

@@ -71,6 +71,7 @@ class Prediction:
         rejected: scans of the session that cannot be used, with the reason.
         input_level: the gravest finding of the model's input contract; None if the scans were not compared with one.
         name: for its files, of scans that were given as files.
+        model_hash: of the weights that gave the answer.
     """
 
     task: str
@@ -88,6 +89,7 @@ class Prediction:
     probabilities: dict[str, nib.Nifti1Image] = field(default_factory=dict)
     input_level: Level | None = None
     name: str = ""
+    model_hash: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Answer, contrasts and notes, for JSON."""
@@ -101,6 +103,7 @@ class Prediction:
             "rejected": list(self.rejected),
             "notes": list(self.notes),
             "input_level": self.input_level,
+            "model_hash": self.model_hash,
             "not_a_medical_device": True,
         }
 

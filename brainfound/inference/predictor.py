@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +187,12 @@ class Predictor:
         ready = self._restrict(ready)
         explanation = explain_stack(self.model, ready.stack, self.target, self.num_slices, method, class_name)
         return replace(
-            explanation, notes=ready.notes, rejected=ready.rejected, input_level=ready.level, name=ready.name
+            explanation,
+            notes=ready.notes,
+            rejected=ready.rejected,
+            input_level=ready.level,
+            name=ready.name,
+            model_hash=self.model_hash,
         )
 
     def explain_stack(
@@ -302,6 +309,20 @@ class Predictor:
         notes += [missing_contrast_note(name) for name in missing]
         return replace(ready, stack=remove_contrasts(stack, hidden) if hidden else stack, notes=(*ready.notes, *notes))
 
+    @cached_property
+    def model_hash(self) -> str:
+        """A hash of the weights, by which answers of another model are told apart."""
+        adapters, active = getattr(self.model, "peft_config", {}), getattr(self.model, "active_adapter", None)
+        digest = hashlib.blake2b(digest_size=16)
+        for name, values in sorted(self.model.state_dict().items()):
+            parts = set(name.split("."))
+            # PEFT keeps the random start of replaced modules.
+            if "original_module" in parts or parts & (set(adapters) - {active}):
+                continue
+            digest.update(name.replace(f".{active}.", ".").encode())
+            digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     def predict_prepared(self, ready: PredictorInput) -> Prediction:
         """Predict a session that `prepare` has read."""
         target, options = self.target, self.options
@@ -322,6 +343,7 @@ class Predictor:
             "rejected": ready.rejected,
             "input_level": ready.level,
             "name": ready.name,
+            "model_hash": self.model_hash,
         }
         if target is None:
             assert answer.embedding is not None

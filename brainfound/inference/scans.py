@@ -97,7 +97,7 @@ def _only_remaining_contrast(
         where=path.name,
         got=None if named.is_silent else named.reason,
         expected=", ".join(left or contrasts),
-        remedy=f"Say it: {(left or contrasts)[-1]}={path.name}",
+        remedy="Give a scan" if named.label_column else f"Say it: {(left or contrasts)[-1]}={path.name}",
     )
 
 

@@ -89,6 +89,10 @@ def test_another_cohort_never_scores_who_was_learnt_from(run, other_store, tmp_p
     for model in (run, moved):
         (result,) = evaluate(model, other_store)
         assert subjects(result) == expected
+        num_left_out = len(other_store) - len(result.cases)
+        (note,) = [note for note in result.notes if "are left out" in note]
+        assert note.startswith(f"{num_left_out} of {len(other_store)} labelled sessions are left out: their subjects")
+        assert note.endswith(f"({num_left_out} by image, the others by name)")
     bare = json.loads((moved / "bundle.json").read_text())
     split = bare["metadata"]["split"]
     split["subjects"]["train"] += [subject_hash(name, split["salt"], split["rounds"]) for name in expected]

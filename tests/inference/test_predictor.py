@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -17,6 +18,7 @@ from brainfound.inference.cohort import predict
 from brainfound.inference.evaluation import evaluate
 from brainfound.inference.loading import load
 from brainfound.inference.prediction import file_stem
+from brainfound.inference.predictor import Predictor
 from brainfound.inference.scans import parse_inputs
 from brainfound.models.infer import StackPrediction
 from brainfound.recipes import validate
@@ -217,6 +219,16 @@ def test_names_of_files_stay_inside_and_apart(predictor, source, tmp_path):
     assert set(tmp_path.iterdir()) - before == {tmp_path / "out"}
     again = predict(predictor, tmp_path, tmp_path / "out" / "here")
     assert {outcome.reason for outcome in again} == {"already done"}
+
+
+def test_answers_of_another_model_are_not_taken_for_this_ones(predictor, source, tmp_path):
+    weights = copy.deepcopy(predictor.model)
+    next(weights.parameters()).data += 1
+    other = Predictor(weights, predictor.preprocessing, predictor.target, predictor.num_slices)
+    predict(predictor, source, tmp_path)
+    outcomes = predict(other, source, tmp_path)
+    assert all("an answer of another model" in outcome.reason and outcome.result is None for outcome in outcomes)
+    assert all(outcome.result for outcome in predict(other, source, tmp_path, overwrite=True))
 
 
 def test_two_sessions_never_have_one_file_name():

@@ -33,6 +33,7 @@ _SEXES = {
     **dict.fromkeys(("f", "female", "females", "w", "woman", "girl", "feminine", "weiblich", "frau", "femme"), "F"),
     **dict.fromkeys(("m", "male", "males", "man", "boy", "masculine", "männlich", "maennlich", "mann", "homme"), "M"),
 }
+_UNKNOWN_SEXES = {"unknown", "unbekannt", "inconnu", "desconocido", "sconosciuto", "not known", "unk", "u", "?", "-"}
 _NOT_COVARIATES = {"subject", "session", "contrast", "path", "dataset", "filename", "age_years"}
 _AGE_NAMES = ("age_years", "age", "age_at_scan", "ageatscan")
 _MAX_PLACES = 5
@@ -147,11 +148,16 @@ def _harmonise_sexes(table: pd.DataFrame, sidecars: Sequence[Path], name: str, n
         notes.append(f"{name}: {empty.sum()} × a sex from the column {gender!r}, where 'sex' is empty")
     levels = _described(sidecars, ("sex", "gender"), "Levels", notes)
     words = {str(code).strip().lower(): _level(text) for code, text in levels.items()} if type(levels) is dict else {}
-    sexes = []
+    sexes, num_unknown = [], 0
     for value in table["sex"]:
         word = f"{value:g}" if isinstance(value, float) else str(value).strip().lower()
-        sexes.append(_SEXES.get(words.get(word, ""), _SEXES.get(word, value)))
-    table["sex"] = pd.Series([None if is_missing(v) else v for v in sexes], index=table.index, dtype=object)
+        sex = _SEXES.get(words.get(word, ""), _SEXES.get(word, value))
+        is_unknown = sex == value and words.get(word, word) in _UNKNOWN_SEXES
+        num_unknown += is_unknown
+        sexes.append(None if is_unknown or is_missing(sex) else sex)
+    table["sex"] = pd.Series(sexes, index=table.index, dtype=object)
+    if num_unknown:
+        notes.append(f"{name}: {num_unknown} × a sex that is not known, now missing")
     codes = sorted({str(value) for value in table["sex"].dropna() if _PLAIN_NUMBER.fullmatch(str(value))})
     if codes:
         notes.append(f"{name}: the sexes are numbers ({', '.join(codes[:4])}), kept as they are. Write F and M")

@@ -34,9 +34,10 @@ COLUMNS = ("subject", "session", "contrast", "path", "mask", "age_years", "sex",
 """The columns of every cohort table; further columns are kept."""
 _TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
 _RENAMED = {
-    **dict.fromkeys(("age", "age_at_scan", "ageatscan"), "age_years"),
+    **dict.fromkeys(("age", "age_at_scan", "ageatscan", "alter", "edad", "età", "âge", "leeftijd"), "age_years"),
     **dict.fromkeys(("group", "dx"), "diagnosis"),
     **dict.fromkeys(("gender", "biological_sex", "biologicalsex", "sex_at_birth"), "sex"),
+    **dict.fromkeys(("geschlecht", "sexe", "sexo", "sesso", "geslacht"), "sex"),
     **{"participant_id": "subject", "subject_id": "subject", "session_id": "session"},
 }
 _KNOWN = (*COLUMNS, "dataset")

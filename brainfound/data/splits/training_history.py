@@ -80,10 +80,14 @@ def is_in_parts(split: Mapping[str, Any], store: Store, sessions: Sequence[int],
 
 def seen_in_training(split: Mapping[str, Any], store: Store, sessions: Sequence[int]) -> np.ndarray:
     """Whether each session, ``(n,)`` bool, has the name or an image of a train or validation subject of a split."""
+    return is_in_parts(split, store, sessions, *_LEARNT) | image_in_training(split, store, sessions)
+
+
+def image_in_training(split: Mapping[str, Any], store: Store, sessions: Sequence[int]) -> np.ndarray:
+    """Whether each session, ``(n,)`` bool, has an image of a train or validation subject of a split."""
     images = {digest for part in _LEARNT for digest in split["images"].get(part, ())}
     hashes = store.sessions["image_hash"]
-    same_image = [_image_hash(str(hashes.iloc[int(i)]), split["salt"]) in images for i in sessions]
-    return is_in_parts(split, store, sessions, *_LEARNT) | np.array(same_image, dtype=bool)
+    return np.array([_image_hash(str(hashes.iloc[int(i)]), split["salt"]) in images for i in sessions], dtype=bool)
 
 
 @lru_cache(maxsize=100_000)

@@ -79,6 +79,18 @@ def test_words_for_the_sexes_are_one(tmp_path, column):
     assert notes == ""
 
 
+def test_a_sex_that_is_not_known_is_missing_with_a_note(tmp_path):
+    sexes, notes = read_column(tmp_path, "sex", "F", "unknown", "Unbekannt", "?")
+    assert sexes == ["F", None, None, None]
+    assert notes == "manifest.csv: 3 × a sex that is not known, now missing"
+
+
+def test_columns_of_other_languages_are_ages_and_sexes(tmp_path):
+    (tmp_path / "manifest.csv").write_text("subject,contrast,path,Alter,Geschlecht\np1,T1w,a.nii,51,weiblich\n")
+    (session,) = Cohort.read(tmp_path).sessions()
+    assert (session.covariates["age_years"], session.covariates["sex"]) == (51, "F")
+
+
 def test_numbers_for_the_sexes_are_not_guessed(tmp_path):
     sexes, notes = read_column(tmp_path, "sex", "1", "2")
     assert sexes == [1, 2]
