@@ -44,8 +44,6 @@ _DATE = re.compile(
     re.IGNORECASE,
 )
 """What is hardly the number of a person."""
-_ACCESSION = re.compile(r"[a-z]{0,3}\d{5,}|[a-z]\d{4,}", re.IGNORECASE)
-"""The number of an examination, or of a person."""
 _GLUED_VISIT = re.compile(
     r"(?!.*(?:patient|subject|participant|adult)\d)(.*[^\W\d_]{2}?)(?:[dtvmwy]\d{1,2}|bl|sc|fu\d*|pre|post|first|second|third|last)",
     re.IGNORECASE,
@@ -85,7 +83,9 @@ def _find_glued_visits(uncertain: Sequence[str]) -> Doubt | None:
             return None
         by_stem[match.group(1).lower()].append(subject)
     repeated = [named for named in by_stem.values() if len(named) > 1]
-    are_visits = len(by_stem) > 1 or not any(re.search(r"\d$", _MONTHS.sub("", name)) for name in uncertain)
+    has_first = any(name.lower().endswith("t0") for name in uncertain)
+    other_numbers = any(re.search(r"\d$", _MONTHS.sub("", name)) for name in uncertain)
+    are_visits = len(by_stem) > 1 or has_first or not other_numbers
     return (_ONE_OR_TWO, f"{repeated[0][0]} and {repeated[0][1]}") if repeated and are_visits else None
 
 
@@ -164,7 +164,7 @@ def _find_shared_numbers(subjects: Sequence[str], uncertain: Sequence[str]) -> D
 
 
 def _find_dates(uncertain: Iterable[str]) -> Doubt | None:
-    """A name that goes on with dates; among several names (``Meier``, ``Huber``) also with numbers of examinations."""
+    """A name that goes on with dates; among several names (``Meier``, ``Huber``) also with years."""
     by_name: dict[str, list[str]] = defaultdict(list)
     for subject in uncertain:
         if match := re.match(r"[^\W\d_]{3,}", subject):
@@ -172,7 +172,7 @@ def _find_dates(uncertain: Iterable[str]) -> Doubt | None:
     for name, named in by_name.items():
         rests = [subject[len(name) :].strip("_-. ") for subject in named]
         are_dates = all(map(_DATE.fullmatch, rests))
-        maybe = len(by_name) > 1 and all(_MAYBE_DATE.fullmatch(rest) or _ACCESSION.fullmatch(rest) for rest in rests)
+        maybe = len(by_name) > 1 and all(map(_MAYBE_DATE.fullmatch, rests))
         if 1 < len(named) <= _MAX_VISITS and (are_dates or maybe) and not is_group(name):
             return _ONE_OR_TWO, f"{named[0]} and {named[1]}"
     return None

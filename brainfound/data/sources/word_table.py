@@ -9,15 +9,15 @@ from __future__ import annotations
 CONTRAST_WORDS = {
     "T1w": "mprage mp-rage memprage spgr fspgr bravo tfl mp2rage t1-weighted uni-images mr-mpr mr1-mpr mr2-mpr mr-mt1"
     " mpr-n4-anon mpr-1-anon mpr-2-anon mpr-3-anon mpr-4-anon st1w",
-    "T1ce": "t1gad t1gado",
+    "T1ce": "t1gad t1gado t1wks",
     "T2w": "t2-weighted st2w",
     "FLAIR": "dark-fluid darkfl da-fl t2-fluid",
     "PDw": "proton-density dp",
     "T2starw": "t2-star t2-star-weighted t2-stern t2-etoile mpgr hemoflash",
-    "SWI": "susceptibility ven-bold veno-bold swip fsbb",
-    "DWI": "tracew ep2d-diff diffusion diffusie diffusione difusion diff resolve b-1000",
-    "ADC": "apparent-diffusion dadc",
-    "MRA": "angiography",
+    "SWI": "susceptibility ven-bold veno-bold swip fsbb bsi",
+    "DWI": "tracew ep2d-diff ddwi difusao difusão difuzyon diffusion diffusie diffusione difusion diff resolve b-1000",
+    "ADC": "apparent-diffusion average-dc dadc",
+    "MRA": "angiography stof s3di-mc-hr 3di-mc-hr",
 }
 """Words of a contrast, besides its aliases (`brainfound.contrasts`)."""
 AMBIGUOUS_WORDS = {"pd", "md", "fl", "dp"}
@@ -31,22 +31,27 @@ _SEQUENCES = (
 WORDS = {
     "agent": "post gd gad gado gadolinium gadovist gadavist dotarem magnevist omniscan prohance multihance"
     " clariscan ce km kontrast kontrastmittel contrast contraste enhanced enh nach-km mit-km injecte civ mdc"
-    " post-contrast post-gad post-gado post-gd post-ce post-km post-gadolinium with-contrast with-gd with-c w-contrast"
+    " post-contrast post-gad post-gado post-gd post-ce post-km post-gadolinium with-contrast with-gd with-c"
+    " w-contrast"
     " wc plusc plusgd plusgad pluskm apres-injection post-injection apres-iv avec-contraste avec-injection con-mdc"
-    " con-contraste con-cte pos-contraste poscontraste post-contraste",
+    " con-contraste con-cte gadolinio kontrastli kontrastlı kontrasli ivkm kontrascie kontraście kontrastem"
+    " pos-contraste poscontraste post-contraste",
     "no agent": "pre non no without wo ohne vor kein keine sans avant sin sem senza zonder utan nativ native"
-    " pre-contrast pre-gad pre-gado pre-gd pre-ce pre-km no-gd no-gad no-contrast non-contrast non-enhanced unenhanced"
+    " pre-contrast pre-gad pre-gado pre-gd pre-ce pre-km no-gd no-gad no-contrast non-contrast non-enhanced"
+    " unenhanced"
     " without-contrast wo-contrast w-o w-o-contrast w-o-gd w-o-gad non-ce no-ce",
-    "perhaps an agent": "iv cm with c cte injection dyn dynamic dynamisch dynamique",
+    "perhaps an agent": "w-wo iv cm with c cte injection dyn dynamic dynamisch dynamique",
     "visit": "post-op pre-op post-surgery pre-surgery post-surgical pre-surgical post-treatment pre-treatment"
     " post-stroke post-ictal",
     "target": "to onto in on reg coreg registered coregistered rigid aligned space",
     "inversion": "ir irprep ir-prep tirm",
-    "gradient echo": "gre ffe fl2d fl3d flash hemo haem eg medic merge gradient-echo gradienten-echo echo-gradient"
+    "gradient echo": "gre ffe me2d me3d fl2d fl3d flash hemo haem eg medic merge gradient-echo gradienten-echo"
+    " echo-gradient"
     " echo-de-gradient",
     "magnitude": "mag magnitude",
     "protocol": f"{_PLANES} {_SEQUENCES} p2 p3 p4 3d 2d 3t 7t seq sequence series acq wip w weighted norm nd dis2d"
-    " dis3d filt uni den uni-den grad-warp b1-correction bias-corrected bias-corr bias-correction bias-field-corrected"
+    " dis3d filt uni den uni-den grad-warp b1-correction bias-corrected bias-corr bias-correction"
+    " bias-field-corrected"
     " biasfield-corrected with-skull no-skull skull-stripped skull-strip skull-stripping fat-suppressed"
     " fat-suppression fat-sup fat-supp no-fat-sat water-excitation posterior-fossa lesion-filled lesion-filling",
     "a rendering of vessels": "col rot vr",
@@ -54,26 +59,30 @@ WORDS = {
     " prediction generated aniso anisotropy odi colfa exponential exp sbref nodif b0 s0 meanb0 mapping mapit t1map"
     " t2map t1-images r1 r2 r2s r2star qt1 qt2 qsm b1 quantitative quant mtr mtsat mwf relaxometry relax relaxation"
     " fieldmap b0map b1map fa eadc cbf cbv mtt ttp tmax rcbv rcbf zscore z-score heatmap probabilistic chi noise"
-    " residual residuals 5tt distance dose b-0 cortical-thickness",
+    " residual residuals 5tt distance dose b-0 ivim uncertainty logjac 5ttvis cortical-thickness",
     "a phase image": "phase phas pha ph imag imaginary real unwrapped",
     "a map of probabilities or tissues": "pve prob probs probability probabilities probmap probseg posterior"
     " posteriors mixeltype origsegs ples",
     "another modality": "ct cta pet fdg amyloid suv suvr dsa oct mrv",
-    "a deformation field": "fast-bias brain-bias bias-field field coeff coef biasfield warp inversewarp inverse-warped"
+    "a deformation field": "fast-bias brain-bias bias-field field coeff coef biasfield warp inversewarp"
+    " inverse-warped"
     " warpfield jac jacobian logjacobian deformation displacement disp",
     "a projection": "mip minip mnip projection projections pjn vrt rotation mpr-range",
     "a subtraction": "sub subtraction subtraktion subtracted substraction minus difference delta ratio divided"
     " dividedby mismatch",
     "one inversion of an MP2RAGE": "inv inv1 inv2 ti1 ti2 first-inversion second-inversion",
-    "a localizer": "loc localizer localiser scout survey aahead aascout asset shim calib calibration",
+    "a localizer": "loc localizer localiser scout survey aahead aascout asset-calibration asset-cal shim calib"
+    " calibration",
     "a functional or perfusion series": "bold fmri rest resting asl pasl pcasl perf perfusion dsc dce pwi",
     "no structural contrast": "spectro spectroscopy svs csi mrs screensave screen-save report phoenix cine dixon"
-    " mt mtw mton dir stir psir fgatir wmn dti tensor flair-star fat water black-blood bb phase-contrast phasenkontrast"
+    " mt mtw mton dir stir psir fgatir wmn nm-gre neuromelanin dti tensor flair-star fat water black-blood bb"
+    " phase-contrast phasenkontrast"
     " veno venous veineuse venography venogram",
     "a template or phantom": "template template0 atlas phantom acr",
     "a picture": "overlay mesh edges edge contour contours kontur rtstruct rtss screenshot render rendering",
     "another part of the body": "hws bws lws rachis lombaire columna orbita orbit orbits knie leber lunge mrcp myelo"
-    " spine cspine tspine lspine c-sp t-sp l-sp ls spinal cervical thoracic lumbar sacral neck hals knee shoulder wrist"
+    " spine cspine tspine lspine c-sp t-sp l-sp ls spinal cervical thoracic lumbar sacral neck hals knee shoulder"
+    " wrist"
     " ankle elbow foot abdomen abdominal liver kidney prostate prostata pelvis breast heart cardiac chest thorax lung"
     " carotid carotids",
 }
@@ -97,8 +106,10 @@ NO_AGENT_ENTITIES = _words("none no pre without nativ native false 0")
 # Words of label maps
 
 LABEL_WORDS = _words(
-    "seg segm segs fseg segmentation segmented segmentierung segmentacion mask masks msk maske masque mascara maschera"
-    " masker label labels labelmap gt roi rois dseg pveseg brainmask parcellation parcellated parc annotation annot gtv"
+    "seg segm segs fseg segmentation segmented segmentierung segmentacion mask masks mask1 mask2 mask3 msk maske"
+    " masque mascara maschera"
+    " masker label labels labelmap gt roi rois dseg pveseg brainmask parcellation parcellated parc annotation"
+    " annot gtv"
     " ctv ptv groundtruth truth consensus"
 )
 LESION_WORDS = _words(
@@ -108,7 +119,11 @@ LESION_WORDS = _words(
 NOT_A_LESION_MAP = _words("filled filling inpainted protocol protokoll study studie clinic unit")
 """Behind the word of a disease: ``tumor_protocol`` and ``lesion_filled`` are scans."""
 BRAIN_WORDS = _words("brain bet hdbet synthstrip skullstrip stripped skullstripped head nonbrain")
-PARCELLATIONS = _words("aseg aparc wmparc synthseg pveseg firstseg fastseg subcort aal dkt atlas malpem")
+PARCELLATIONS = _words(
+    "aseg aparc wmparc synthseg pveseg firstseg fastseg subcort aal dkt atlas malpem parcellation parcellated parc"
+    " schaefer"
+    " hipposf hipposflabels brainstemss brainstemsslabels nuclei thalamicnuclei"
+)
 STRUCTURES = {
     **dict.fromkeys(("gm", "grey", "gray", "greymatter", "graymatter", "deepgm", "dgm"), "gm"),
     **dict.fromkeys(("wm", "white", "whitematter"), "wm"),
@@ -121,7 +136,8 @@ STRUCTURES = {
         for name in _words(
             "csf thalamus amygdala caudate putamen pallidum puta caud thal pall amyg accu cortex cerebellum brainstem"
             " skull scalp eye eyes tissue tissues matter icv tiv intracranial cerebrum cortical nawm gmwm fov"
-            " background healthy normal contralesional contralateral territory air bone face outskin edema enhancing"
+            " background healthy normal contralesional contralateral territory air bone face outskin hemispheres"
+            " edema enhancing"
             " necrosis"
         )
     },

@@ -33,7 +33,7 @@ _REFUSED = tuple(WORDS)[list(WORDS).index("a map") :]
 _BIDS_REFUSED = {kind for kind in _REFUSED if kind not in ("a map", "a localizer", "a functional or perfusion series")}
 _BIDS_REFUSED_MAPS = {"t1map", "t2map", "synthetic", "synth", "thickness", "zscore", "prediction", "predicted"}
 """Maps that an entity may name; others have suffixes of their own in BIDS, and ``fa8`` is a flip angle."""
-_REFUSED_BEFORE_SUBJECT = {"template", "template0", "phantom", "acr", "biasfield", "5tt", "ples"}
+_REFUSED_BEFORE_SUBJECT = {"template", "template0", "phantom", "acr", "biasfield", "5tt", "5ttvis", "ples", "qsm"}
 """What refuses an image wherever it stands."""
 _TISSUE_MARK = re.compile(
     r"(?!mp2rage)(?:s\d*)?(?:[mwru][mwru0]*[cp]\d(?=[a-zA-Z])|[cp][0-6](?=[a-zA-Z]{2}|[a-zA-Z]\d\d))"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -110,11 +111,20 @@ def names(draw: st.DrawFn) -> Names:
     words_only = "{i}{v}" in template or not numbered
     known = [pair for pair in VISITS if not words_only or (pair[0][0].isalpha() and pair[0] not in ("a", "xx"))]
     known = [pair for pair in known if not template.startswith("{v}") or pair[0] not in ("a", "xx")]
+    # "p2" may be the acceleration of a scan, "SC" a screening and "study2" a visit.
+    if template.startswith("{c}") and identifier == "p{n}":
+        identifier = "q{n}"
+    if template.startswith("{v}") and identifier in ("SC_{n:02d}", "study2_{n:03d}"):
+        identifier = "HC_{n:02d}"
     visits = draw(st.sampled_from(known))[: draw(st.integers(1, 2))]
     protocols = [word for word in PROTOCOLS if numbered or word not in NUMBERED_PROTOCOLS]
     scan = st.tuples(st.sampled_from(CONTRASTS), st.sampled_from(protocols), st.sampled_from(PLANES))
     scans = draw(st.lists(scan, min_size=1, max_size=3, unique=True))
     protocol_first = draw(st.booleans())
+    if template.startswith("{c}") and protocol_first:  # "301" or "qqq" before the contrast may be the subject
+        scans = [
+            (contrast, "" if word in ("qqq", "zzz", *NUMBERED_PROTOCOLS) else word, p) for contrast, word, p in scans
+        ]
     persons = {}
     for number in range(draw(st.integers(1, 3))):
         for visit in visits[: draw(st.integers(1, 2))]:
@@ -132,12 +142,23 @@ def subjects_by_name(paths: list[Path]) -> dict[Path, str]:
     return {file.path: identity.subject for file, identity in _identify_subjects(Path("root"), files) if file.is_scan}
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
-@given(names())
-def test_one_person_is_one_subject_or_refused(names):
+def assert_one_subject_per_person(names: Names) -> None:
     try:
         found = subjects_by_name(list(names.persons))
     except CohortError:
         return
     pairs = {(names.persons[path], subject) for path, subject in found.items()}
     assert len(pairs) == len({person for person, _ in pairs}) == len({subject for _, subject in pairs}), pairs
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(names())
+def test_one_person_is_one_subject_or_refused(names):
+    assert_one_subject_per_person(names)
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000, derandomize=True, deadline=None)
+@given(names())
+def test_many_compositions_of_names_keep_persons_apart(names):
+    assert_one_subject_per_person(names)

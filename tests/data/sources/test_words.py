@@ -45,7 +45,8 @@ def contrast(name: str) -> str:
         (
             "p7_dwi_L1 p7_dwi_kurtosis p7_dwi_FAC p7_T1_difference p7_FLAIR_T2_ratio T1ce_T1 T1_t1c p7_T1_zscore"
             " p7_T1_1InverseWarp p7_T1_CorticalThickness p7_synth_FLAIR p7_T1_template MNI152_T1_1mm phantom_T1"
-            " p7_T1_hippocampus p7_T1_GM p7_T1_screenshot p7_tof_vessels p7_TOF_rot p7_FLAIR_manual p7_T1_fast_bias",
+            " p7_T1_logjac p7_dwi_ivim p7_qsm_from_swi p7_T1_hippocampus p7_T1_GM p7_T1_screenshot p7_tof_vessels"
+            " p7_TOF_rot p7_FLAIR_manual p7_T1_fast_bias",
             "unknown",
         ),
         # Marks of SPM, CAT12 and LST before the name of a scan.
@@ -53,7 +54,11 @@ def contrast(name: str) -> str:
         ("rT1 wmT1 p7_mT1 p1_T1 c1_T1 p1v2_T1 p2ses1_T1 Y_01_T1 mp2rage p7_T1_MNI152 anna_T1_biascorr", "T1w"),
         # What may say a contrast agent, and what does.
         ("p7_T1_IV p7_T1_CM p7_T1-C T1_C- p7_T1_dyn p7_mp2rage_T1 SWI_mag", "unknown"),
-        ("T1_apres_injection T1_con_contraste T1+ T1_poscontraste", "T1ce"),
+        (
+            "T1_con_gadolinio T1_kontrastli T1_po_kontrascie T1wKS T1_apres_injection T1_con_contraste T1+"
+            " T1_poscontraste",
+            "T1ce",
+        ),
         ("T1_w_o_contrast T1_senza_mdc T1_-KM T1_fatsat T1_lesion_filled T1_no_fat_sat", "T1w"),
         ("T2_EG T2_medic T2_etoile T2_gradient_echo", "T2starw"),
         ("T1_fat T2_water T1_BB FLAIR_star FLAIR* tof_veno T2_hals T2_orbits", "unknown"),
@@ -104,6 +109,8 @@ def test_doubt_names_its_readings():
         ("lesion_mask", "mask"),
         ("p7_msk", "mask"),
         ("p7_FLAIR_LesionMask", "mask"),
+        ("p7_T1_parcellation", "dseg"),
+        ("lh.hippoSfLabels-T1.v10", "dseg"),
         ("p7_FLAIR_lesionmap", "mask"),
         ("p7_FLAIR_läsionen", "mask"),
         ("p7_T1_BrainExtractionMask", "brain_mask"),
