@@ -46,5 +46,10 @@ def test_no_room_imports_a_higher_one():
             assert lower == upper or LEVEL[lower] < LEVEL[upper], f"{name} imports {other}"
 
 
+def test_metrics_stand_on_errors_and_splits_alone():
+    outside = {other for name in MODULES if name.startswith("metrics") for other in imported(MODULES[name])}
+    assert {other for other in outside if not other.startswith("metrics")} == {"errors", "data.splits.dividing"}
+
+
 def test_no_modules_import_each_other_in_a_circle():
     TopologicalSorter({name: imported(file) - {name} for name, file in MODULES.items()}).prepare()
