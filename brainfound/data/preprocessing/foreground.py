@@ -102,7 +102,12 @@ def _block_means(rows: np.ndarray, size: int) -> np.ndarray:
 def _otsu(values: np.ndarray, bins: int = 256) -> float:
     """Threshold that maximises the variance between two classes (Otsu, IEEE SMC 9:62, 1979)."""
     top = np.percentile(values, 99.9)
-    counts, edges = np.histogram(np.minimum(values, top), bins=bins)
+    capped = np.minimum(values, top)
+    with np.errstate(over="ignore"):
+        span = np.ptp(capped)
+    if not bins * np.spacing(np.abs(capped).max()) < span < np.inf:  # single precision has no such bins
+        capped = capped.astype(np.float64)
+    counts, edges = np.histogram(capped, bins=bins)
     centres = (edges[:-1] + edges[1:]) / 2
     weight_low = np.cumsum(counts)
     weight_high = weight_low[-1] - weight_low

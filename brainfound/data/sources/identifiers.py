@@ -48,7 +48,7 @@ _OTHER_VISIT = (
 )
 """Words of visits in other languages, and short dates; a subject may be named like them."""
 MAYBE_SESSION = re.compile(
-    rf"^\d_\d(?=_)|"
+    rf"^\d_\d(?=_)|^(?:fup?\d?|bl|base(?:line)?|scr?|screening|follow-?up)(?={SEPARATOR}\d{{3,}})|"
     rf"(?:(?<=\d)(?!\d)|(?<=\d[a-z])|(?<={SEPARATOR})|^)(?:{_SESSION}|t\d{{1,2}}|first|second|third|last)(?={SEPARATOR}|$)"
     rf"|(?<=\d)[a-z](?={SEPARATOR}|$)|(?<={SEPARATOR})[a-z]$"
     rf"|(?:(?<=\d)|(?<={SEPARATOR})){_OTHER_VISIT}(?={SEPARATOR}|$)"

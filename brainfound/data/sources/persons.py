@@ -22,6 +22,8 @@ from brainfound.data.sources.identifiers import (
     has_number,
     is_group,
     is_protocol,
+    keep_words,
+    parse_identifier,
 )
 from brainfound.data.sources.words import PROTOCOL_WORDS
 
@@ -64,6 +66,7 @@ def find_doubt(identities: Sequence[SubjectIdentity]) -> Doubt | None:
         or _find_equal(uncertain, _without_leading_number, _ONE_OR_TWO)
         or _find_processed(subjects)
         or _find_beginnings(subjects, uncertain)
+        or _find_public_endings({identity.subject for identity in identities if identity.certain}, uncertain)
         or _find_equal(subjects, person_words, _ONE_OR_TWO)
         or _find_shared_numbers(subjects, uncertain)
         or _find_dates(uncertain)
@@ -84,7 +87,7 @@ def _find_glued_visits(uncertain: Sequence[str]) -> Doubt | None:
         by_stem[match.group(1).lower()].append(subject)
     repeated = [named for named in by_stem.values() if len(named) > 1]
     has_first = any(name.lower().endswith("t0") for name in uncertain)
-    other_numbers = any(re.search(r"\d$", _MONTHS.sub("", name)) for name in uncertain)
+    other_numbers = any(re.search(r"(?<!v)\d+$", _MONTHS.sub("", name.lower())) for name in uncertain)
     are_visits = len(by_stem) > 1 or has_first or not other_numbers
     return (_ONE_OR_TWO, f"{repeated[0][0]} and {repeated[0][1]}") if repeated and are_visits else None
 
@@ -144,12 +147,23 @@ def _find_beginnings(subjects: Iterable[str], uncertain: Iterable[str]) -> Doubt
     return None
 
 
+def _find_public_endings(certain: set[str], uncertain: Iterable[str]) -> Doubt | None:
+    """Names that end with one of a public data set: ``qqq_IXI001-HH-1211`` and ``IXI001``."""
+    for subject in uncertain:
+        for number in range(1, len(split_words(subject)) if certain else 0):
+            rest = parse_identifier(subject[len(keep_words(subject, number)) :].strip("_-. "))
+            if rest.certain and rest.subject in certain:
+                return "one name ends with another", f"{rest.subject} and {subject}"
+    return None
+
+
 def _find_shared_numbers(subjects: Sequence[str], uncertain: Sequence[str]) -> Doubt | None:
     by_person = {person_words(subject): subject for subject in subjects}
     by_number: dict[tuple[str, ...], str] = {}
     for subject in uncertain:
         person, first = person_words(subject), split_words(subject)[:2]
-        for length in range(2, len(person)):
+        shortest = 1 if isinstance(next(iter(person), ""), int) else 2
+        for length in range(shortest, len(person)):
             if person[:length] in by_person:
                 return "one name begins with another", f"{by_person[person[:length]]} and {subject}"
         # Two words and a third, none with a number: hc_anna_abc, hc_anna_xyz.
