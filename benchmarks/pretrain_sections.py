@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def run_sections(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "settings": {name: value for name, value in vars(options).items() if name not in _PLACES}
         | {"device": bench.device, "precision": bench.precision, "threads": bench.threads},
-        "precision_probe": bench.probe.to_dict(),
+        "precision_probe": asdict(bench.probe),
     }
     sections: dict[str, Callable[[Bench], dict[str, Any]]] = {
         "steps": measure_steps,
