@@ -311,7 +311,7 @@ class Predictor:
 
     @cached_property
     def model_hash(self) -> str:
-        """A hash of the weights, by which answers of another model are told apart."""
+        """A hash of the weights, which identifies the model of an answer."""
         adapters, active = getattr(self.model, "peft_config", {}), getattr(self.model, "active_adapter", None)
         digest = hashlib.blake2b(digest_size=16)
         for name, values in sorted(self.model.state_dict().items()):

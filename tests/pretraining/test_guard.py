@@ -287,17 +287,17 @@ def test_after_a_rollback_no_retention_probe_is_dropped():
     assert rollback_request.value.step == 0
     guard.on_rollback()
     assert not guard.should_export_best()
-    assert guard.state.watched["texture"].best_score == 0.9
+    assert guard.state.retention["texture"].best_score == 0.9
 
 
 def test_a_checkpoint_without_retention_state_is_restored():
     guard = Guard(GuardRecipe())
     guard.record_probe(0, 0.5, 0.1)
     state = guard.state_dict()
-    del state["watched"]
+    del state["retention"]
     guard.load_state_dict(state)
     guard.record_probe(1, 0.5, 0.1, {"texture": (0.4, 0.0)})
-    assert guard.state.watched["texture"].best_step == 1
+    assert guard.state.retention["texture"].best_step == 1
     again = Guard(GuardRecipe())
     again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     assert again.state == guard.state

@@ -289,7 +289,7 @@ def _extends(own: SubjectIdentity, home: SubjectIdentity) -> bool:
 
 
 def _is_protocol_of(own: SubjectIdentity, home: SubjectIdentity) -> bool:
-    """Whether the words of a name, beside the number of its folder, can only be those of a protocol."""
+    """Whether the words of a name, without the number of its folder, can only be those of a protocol."""
     is_person = home.certain or has_number(home.subject)
     return is_person and not own.certain and not re.search(r"\d", own.subject)
 
@@ -370,14 +370,14 @@ def _require_unambiguous(identified: list[tuple[_File, SubjectIdentity]]) -> Non
     if doubt := find_doubt([identity for file, identity in identified if file.is_scan]):
         _refuse(*doubt)
     _require_shared_contrasts([(file, identity) for file, identity in identified if file.is_scan])
-    by_scan: dict[tuple[str, str | None, str], tuple[str, ...]] = {}  # the words beside the subject's number
+    by_scan: dict[tuple[str, str | None, str], tuple[str, ...]] = {}  # the words besides the subject's number
     for file, identity in identified:
         if file.is_scan:
             key = (identity.subject, identity.session, file.name.contrast)
             other_words = by_scan.setdefault(key, identity.words)
             if other_words != identity.words:
                 got = " and ".join(repr("_".join(found)) for found in (other_words, identity.words))
-                _refuse("words beside a number may name a protocol or a person", f"{got} of {identity.subject}")
+                _refuse("words next to a number may name a protocol or a person", f"{got} of {identity.subject}")
 
 
 def _require_shared_contrasts(identified: list[tuple[_File, SubjectIdentity]]) -> None:

@@ -2,7 +2,7 @@
 
 Collapse shows in log lines: features that span few directions (effective rank, mean cosine), crops of one image no more
 alike than others (view margin), unused prototypes (teacher entropy), or a CLS loss of ln K, the cost of a uniform
-output. Damage shows in probe scores: the target's probe, or a retention probe (`retention`), below its best so far. The
+output. Damage shows in probe scores: the target's probe, or a retention probe, below its best so far. The
 best teacher has the best target score among those without a retention drop.
 
 One value proves nothing, so a failure is confirmed over several in a row. Thresholds follow public reports of DINO runs
@@ -117,7 +117,7 @@ class GuardState:
     rollbacks: int = 0
     lr_scale: float = 1.0
     failed: bool = False
-    watched: dict[str, RetentionState] = field(default_factory=dict)
+    retention: dict[str, RetentionState] = field(default_factory=dict)
 
 
 @dataclass
@@ -221,7 +221,7 @@ class Guard(RollbackPolicy):
         """
         state = self.state
         is_best = self.is_best(step, score, retention)
-        state.watched |= self._updated_retention(step, retention or {})
+        state.retention |= self._updated_retention(step, retention or {})
         state.last_score, state.last_step = score, step
         state.last_margin = self._drop_margin(standard_error)
         if state.first_score is None:
@@ -231,7 +231,7 @@ class Guard(RollbackPolicy):
             if self.may_roll_back:
                 state.kept_step = step
         state.dropped_probes = state.dropped_probes + 1 if self._target_dropped() else 0
-        probes: dict[str, Any] = {"the probe": state, **state.watched}
+        probes: dict[str, Any] = {"the probe": state, **state.retention}
         drops = [
             f"{name} fell from {probe.best_score:.3f} (step {probe.best_step}) to {probe.last_score:.3f}"
             for name, probe in probes.items()
@@ -250,7 +250,7 @@ class Guard(RollbackPolicy):
             min_drop = self.recipe.kept_drop if name in ("kept_slices", "kept_patches") else self.recipe.watch_drop
             margin = max(min_drop, self.recipe.watch_errors * error)
             probe = after[name] = RetentionState(score, score, step, score, margin)
-            if before := self.state.watched.get(name):
+            if before := self.state.retention.get(name):
                 probe.first_score = before.first_score
                 if not (score > before.best_score or math.isnan(before.best_score)):
                     probe.best_score, probe.best_step = before.best_score, before.best_step
@@ -296,7 +296,7 @@ class Guard(RollbackPolicy):
         state.collapsed_looks = state.dropped_probes = 0
         # The kept step is that of the best probe, where no retention probe was dropped.
         state.last_score, state.last_step = state.best_score, state.best_step
-        for probe in state.watched.values():
+        for probe in state.retention.values():
             probe.last_score, probe.dropped_probes = probe.best_score, 0
         return {"rollbacks": state.rollbacks, "lr_scale": state.lr_scale}
 
@@ -306,12 +306,12 @@ class Guard(RollbackPolicy):
     def should_export_best(self) -> bool:
         """Whether to export the best teacher: the last probe had dropped, or the run failed."""
         state = self.state
-        dropped = self._target_dropped() or any(probe.is_dropped() for probe in state.watched.values())
+        dropped = self._target_dropped() or any(probe.is_dropped() for probe in state.retention.values())
         return self.recipe.export == "best" and (dropped or (state.failed and state.best_step is not None))
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        retention = {name: RetentionState(**probe) for name, probe in state.get("watched", {}).items()}
-        self.state = GuardState(**{**state, "watched": retention})
+        retention = {name: RetentionState(**probe) for name, probe in state.get("retention", {}).items()}
+        self.state = GuardState(**{**state, "retention": retention})
