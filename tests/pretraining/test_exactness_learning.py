@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2WithRegistersConfig
 
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.pretraining.objectives.encoder_with_heads import DistillationModel
+from brainfound.pretraining.objectives.networks import DistillationModel
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation
 from brainfound.training import schedules
 from brainfound.training.optim import OptimRecipe, make_optimizer, parameter_groups

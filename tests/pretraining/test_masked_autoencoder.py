@@ -8,7 +8,6 @@ import torch
 
 from brainfound.data.augmentation.transforms import to_device
 from brainfound.errors import RecipeError
-from brainfound.pretraining.objectives.heads import PixelDecoder, PixelDecoderRecipe, sincos_position_embedding
 from brainfound.pretraining.objectives.masked_autoencoder import (
     MaskedAutoencoder,
     MaskedAutoencoderRecipe,
@@ -18,6 +17,7 @@ from brainfound.pretraining.objectives.masked_autoencoder import (
     reconstruction_loss,
 )
 from brainfound.pretraining.objectives.masking import num_hidden_patches, sample_hidden_patches
+from brainfound.pretraining.objectives.networks import PixelDecoder, PixelDecoderRecipe, sincos_position_embedding
 from brainfound.training.randomness import StepKey
 
 KEY = StepKey(seed=0, step=0, micro_batch=0, rank=0)

@@ -26,7 +26,7 @@ from pydantic import Field
 from brainfound.data.augmentation import MultiCrop
 from brainfound.pretraining.objectives import losses
 from brainfound.pretraining.objectives.base import Objective
-from brainfound.pretraining.objectives.encoder_with_heads import EncoderWithHeads
+from brainfound.pretraining.objectives.networks import EncoderWithHeads
 from brainfound.recipes import Recipe
 from brainfound.training.randomness import VIEWS, torch_generator
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from brainfound.pretraining.objectives import losses
 from brainfound.pretraining.objectives import prototypes as prototype_losses
-from brainfound.pretraining.objectives.encoder_with_heads import backward_per_pass
 from brainfound.pretraining.objectives.losses import cross_entropy, sinkhorn_knopp
+from brainfound.pretraining.objectives.networks import backward_per_pass
 from brainfound.pretraining.objectives.prototypes import Assignments, Projection, normalise_rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from brainfound.pretraining.objectives.encoder_with_heads import DistillationModel
+from brainfound.pretraining.objectives.networks import DistillationModel
 from brainfound.training.optim import OptimRecipe, allocate_moments, clip_gradients, make_optimizer, parameter_groups
 
 

@@ -14,9 +14,8 @@ from torch import nn
 from brainfound.data.augmentation import ViewsRecipe
 from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.objectives.base import LossAndMetrics, StepFlops, TrainedModel
-from brainfound.pretraining.objectives.encoder_with_heads import DistillationModel
-from brainfound.pretraining.objectives.heads import PixelDecoder
 from brainfound.pretraining.objectives.masked_autoencoder import PatchMasking, ReconstructionRecipe, reconstruct
+from brainfound.pretraining.objectives.networks import DistillationModel, PixelDecoder
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation, SelfDistillationRecipe
 from brainfound.pretraining.slices import PretrainBatch
 from brainfound.training.randomness import StepKey

@@ -31,10 +31,9 @@ from brainfound.pretraining.objectives.base import (
     encoder_flops,
     matmul_flops,
 )
-from brainfound.pretraining.objectives.encoder_with_heads import EncoderWithHeads
-from brainfound.pretraining.objectives.heads import PixelDecoder, PixelDecoderRecipe
 from brainfound.pretraining.objectives.losses import at_least_float32
 from brainfound.pretraining.objectives.masking import num_hidden_patches, sample_hidden_patches
+from brainfound.pretraining.objectives.networks import EncoderWithHeads, PixelDecoder, PixelDecoderRecipe
 from brainfound.pretraining.slices import PretrainBatch
 from brainfound.recipes import Recipe
 from brainfound.training.randomness import INITIALISATION, MASKS, VIEWS, StepKey, numpy_generator, torch_generator

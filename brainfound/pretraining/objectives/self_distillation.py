@@ -37,13 +37,13 @@ from brainfound.pretraining.objectives.base import (
     encoder_flops,
     matmul_flops,
 )
-from brainfound.pretraining.objectives.encoder_with_heads import (
+from brainfound.pretraining.objectives.masking import BlockMasks, num_masked_per_crop, sample_block_masks
+from brainfound.pretraining.objectives.networks import (
     DistillationModel,
     DistillationOutput,
+    HeadRecipe,
     backward_per_pass,
 )
-from brainfound.pretraining.objectives.heads import HeadRecipe
-from brainfound.pretraining.objectives.masking import BlockMasks, num_masked_per_crop, sample_block_masks
 from brainfound.pretraining.objectives.prototypes import Assignments, Projection
 from brainfound.pretraining.slices import PretrainBatch
 from brainfound.training import distributed, schedules
