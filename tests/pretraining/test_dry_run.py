@@ -13,8 +13,15 @@ from brainfound.errors import UsageError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.pretraining.dry_run import report as dry_run_report
 from brainfound.pretraining.dry_run import trial as dry_run
-from brainfound.pretraining.dry_run.gpus import GPU_SPECS, TargetHardware, find_gpu
-from brainfound.pretraining.dry_run.memory import GIB, AnalyticCosts, DryRunMeasurement, ParameterCounts
+from brainfound.pretraining.dry_run.costs import (
+    GIB,
+    GPU_SPECS,
+    AnalyticCosts,
+    DryRunMeasurement,
+    ParameterCounts,
+    TargetHardware,
+    find_gpu,
+)
 from brainfound.pretraining.objectives.base import StepFlops
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.recipe import PretrainRecipe

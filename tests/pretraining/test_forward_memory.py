@@ -6,7 +6,7 @@ import gc
 
 import torch
 
-from brainfound.pretraining.dry_run.memory import ForwardMemory, LiveTensors
+from brainfound.pretraining.dry_run.costs import ForwardMemory, LiveTensors
 
 
 def test_live_tensors_are_counted_while_they_live():

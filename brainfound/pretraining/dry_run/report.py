@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from brainfound.pretraining.dry_run.gpus import GPUSpec, TargetHardware
-from brainfound.pretraining.dry_run.memory import (
+from brainfound.pretraining.dry_run.costs import (
     BFLOAT16_BYTES,
     FLOAT32_BYTES,
     GIB,
     AnalyticCosts,
     DryRunMeasurement,
+    GPUSpec,
     ParameterCounts,
+    TargetHardware,
     peak_memory_gib,
 )
 from brainfound.pretraining.recipe import PretrainEngineRecipe

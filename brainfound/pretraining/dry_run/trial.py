@@ -20,12 +20,12 @@ from accelerate import Accelerator
 
 from brainfound.data.store import Store
 from brainfound.pretraining.dry_run import report
-from brainfound.pretraining.dry_run.gpus import TargetHardware
-from brainfound.pretraining.dry_run.memory import (
+from brainfound.pretraining.dry_run.costs import (
     AnalyticCosts,
     DryRunMeasurement,
     ForwardMemory,
     ParameterCounts,
+    TargetHardware,
     available_memory_bytes,
 )
 from brainfound.pretraining.monitoring.guard import Guard
