@@ -11,7 +11,6 @@ from transformers import AutoConfig
 
 from brainfound.errors import UsageError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.pretraining.dry_run import report as dry_run_report
 from brainfound.pretraining.dry_run import trial as dry_run
 from brainfound.pretraining.dry_run.costs import (
     GIB,
@@ -111,7 +110,7 @@ def test_an_estimate_without_a_dry_run_is_refused(store, recipe, tmp_path):
 
 def test_speed_follows_from_operations_peak_and_utilisation(recipe):
     machine = TargetHardware(find_gpu("A100-80GB"), num_gpus=8, utilisation=0.5)
-    text = "\n".join(dry_run_report.report(trial(), engine(recipe), 1e-4, machine))
+    text = "\n".join(dry_run.report_lines(trial(), engine(recipe), 1e-4, machine))
     # 4 TFLOP per image at half of 8 × 312 TFLOP/s.
     assert "312 images/s" in text
     assert f"about {1000 * 64 / 312 / 60:.2f} min" in text  # 3.42
@@ -119,14 +118,14 @@ def test_speed_follows_from_operations_peak_and_utilisation(recipe):
 
 
 def test_a_gpu_without_bfloat16_is_counted_in_float32_and_says_so(recipe):
-    text = "\n".join(dry_run_report.report(trial(), engine(recipe), 1e-4, TargetHardware(find_gpu("V100-32GB"))))
+    text = "\n".join(dry_run.report_lines(trial(), engine(recipe), 1e-4, TargetHardware(find_gpu("V100-32GB"))))
     assert "15.7 TFLOP/s (float32)" in text
     assert "no bfloat16" in text
 
 
 def test_sharing_divides_what_is_kept_and_nothing_else():
-    whole = dry_run_report.memory_per_gpu(GIANT, 3 * GIB, 8, "ddp", bf16=True)
-    share = dry_run_report.memory_per_gpu(GIANT, 3 * GIB, 8, "fsdp", bf16=True)
+    whole = dry_run.memory_per_gpu(GIANT, 3 * GIB, 8, "ddp", bf16=True)
+    share = dry_run.memory_per_gpu(GIANT, 3 * GIB, 8, "fsdp", bf16=True)
     for part in ("weights", "gradients", "optimiser", "teacher", "anchor"):
         assert share[part] == whole[part] / 8
     assert whole["activations"] == share["activations"] == 3 * GIB
@@ -136,7 +135,7 @@ def test_sharing_divides_what_is_kept_and_nothing_else():
 
 
 def test_a_single_gpu_sends_nothing():
-    alone, together = (dry_run_report.memory_per_gpu(GIANT, GIB, n, "ddp", bf16=False) for n in (1, 2))
+    alone, together = (dry_run.memory_per_gpu(GIANT, GIB, n, "ddp", bf16=False) for n in (1, 2))
     assert together["copies"] - alone["copies"] == 4 * GIANT.trained
 
 
@@ -153,14 +152,14 @@ def test_a_single_gpu_sends_nothing():
 )
 def test_what_does_not_fit_is_said_with_what_would(recipe, kind, num_gpus, gib_per_image, words):
     small = trial(forward_bytes=2 * gib_per_image * GIB, precision="bf16")
-    text = "\n".join(dry_run_report.report(small, engine(recipe), 1e-4, TargetHardware(find_gpu(kind), num_gpus)))
+    text = "\n".join(dry_run.report_lines(small, engine(recipe), 1e-4, TargetHardware(find_gpu(kind), num_gpus)))
     assert "does not fit" in text
     assert words in text
 
 
 def test_what_fits_needs_no_advice(recipe):
     text = "\n".join(
-        dry_run_report.report(trial(precision="bf16"), engine(recipe), 1e-4, TargetHardware(GPU_SPECS["H200"], 8))
+        dry_run.report_lines(trial(precision="bf16"), engine(recipe), 1e-4, TargetHardware(GPU_SPECS["H200"], 8))
     )
     assert "fits" in text
     assert "would fit" not in text
@@ -174,8 +173,8 @@ def test_the_disk_holds_every_checkpoint_and_one_more(recipe, may_roll_back):
     num = 5 if may_roll_back else 4
     sizes = AnalyticCosts(GIANT, flops, may_roll_back)
     # Each checkpoint may know a best encoder of its own; and the export.
-    assert dry_run_report.disk_bytes(sizes, content) == num * one + (num + 1) * 4 * GIANT.encoder
-    assert ("one to go back to" in "\n".join(dry_run_report.report(trial(sizes=sizes), content, 1e-4, None))) == (
+    assert dry_run.disk_bytes(sizes, content) == num * one + (num + 1) * 4 * GIANT.encoder
+    assert ("one to go back to" in "\n".join(dry_run.report_lines(trial(sizes=sizes), content, 1e-4, None))) == (
         may_roll_back
     )
 
@@ -208,7 +207,7 @@ def test_a_few_images_stand_for_the_micro_batch_of_a_large_machine(store, recipe
 
 def test_a_batch_that_was_tried_out_whole_is_not_called_a_part(recipe):
     content = engine(recipe, "engine.batch_size=4", "engine.accumulation=2")
-    assert "tried out" not in "\n".join(dry_run_report.report(trial(), content, 1e-4, None))
+    assert "tried out" not in "\n".join(dry_run.report_lines(trial(), content, 1e-4, None))
 
 
 def test_a_bfloat16_recipe_is_tried_out_in_what_is_fast_here(store, recipe, tmp_path, capsys, monkeypatch):
@@ -268,7 +267,7 @@ def test_where_the_weights_do_not_fit_what_needs_no_trial_is_said(store, recipe,
 
 def test_weights_that_fit_no_gpu_are_said_without_a_trial(recipe):
     machine = TargetHardware(find_gpu("L4"), 8)
-    text = "\n".join(dry_run_report.report_without_measurement(SIZES, GIB, engine(recipe), 1e-4, machine))
+    text = "\n".join(dry_run.report_without_measurement(SIZES, GIB, engine(recipe), 1e-4, machine))
     assert "does not fit, even without activations" in text  # ddp
     assert "and activations" in text  # fsdp
 
@@ -338,10 +337,10 @@ def test_gpus_with_48_gb_and_less_are_known_or_near(name):
 
 
 def test_figures_are_plain():
-    assert dry_run_report.format_number(1.361e7) == "13,600,000"
-    assert dry_run_report.format_number(999.6) == "1,000"
-    assert dry_run_report.format_number(99.95) == "100"
-    assert dry_run_report.format_bytes(1023 * 2**20) == "1,020 MiB"
-    assert dry_run_report.format_bytes(GIB) == "1 GiB"
-    assert dry_run_report.format_duration(0.5) == "500 ms"
-    assert dry_run_report.format_duration(100 * 3600) == "4.17 days"
+    assert dry_run.format_number(1.361e7) == "13,600,000"
+    assert dry_run.format_number(999.6) == "1,000"
+    assert dry_run.format_number(99.95) == "100"
+    assert dry_run.format_bytes(1023 * 2**20) == "1,020 MiB"
+    assert dry_run.format_bytes(GIB) == "1 GiB"
+    assert dry_run.format_duration(0.5) == "500 ms"
+    assert dry_run.format_duration(100 * 3600) == "4.17 days"
