@@ -27,8 +27,7 @@ import brainfound
 from brainfound.data.store import Store
 from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
 from brainfound.recipes import AnyRecipe, Recipe, validate
-from brainfound.report.curves import plot_curves
-from brainfound.report.run_reader import RunFolder
+from brainfound.report.curves import RunFolder, plot_curves
 from brainfound.training import distributed
 from brainfound.training.checkpoint import (
     checkpoint_path,

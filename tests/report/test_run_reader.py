@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from brainfound.errors import BrainFoundError, UsageError
-from brainfound.report.run_reader import RunFolder
+from brainfound.report.curves import RunFolder
 
 
 def _write(folder, lines, end="\n"):

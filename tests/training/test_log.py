@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from brainfound.report.run_reader import RunFolder
+from brainfound.report.curves import RunFolder
 from brainfound.training.log import TrainingLog
 
 

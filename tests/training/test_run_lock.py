@@ -11,7 +11,7 @@ from brainfound.errors import RecipeError, TrainingError, UsageError
 from brainfound.finetuning.finetune import finetune
 from brainfound.pretraining import starting_model
 from brainfound.pretraining.pretrain import pretrain
-from brainfound.report.run_reader import RunFolder
+from brainfound.report.curves import RunFolder
 from brainfound.training import run_folder
 from brainfound.training.process import make_accelerator
 from brainfound.training.run_folder import LOCK_FILE, lock_run_folder
