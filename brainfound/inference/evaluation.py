@@ -44,8 +44,7 @@ from brainfound.finetuning.tasks import ScoringRecipe, TargetColumn, Task
 from brainfound.inference.loading import bundle_folder, load, make_predictor
 from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.metrics.cases import compute_headline_score
-from brainfound.metrics.registry import METRICS, PRIMARY_METRIC
-from brainfound.metrics.scores import EmptyCase
+from brainfound.metrics.registry import METRICS, PRIMARY_METRIC, EmptyCase
 from brainfound.recipes import validate
 
 _KIND = "evaluation"
@@ -168,7 +167,7 @@ def evaluate(
         surface_mm: for a segmentation, also surface Dice at this tolerance, HD95, lesion-wise F1 and the volume error;
             None: as in the run's recipe (`scoring.surface_mm`).
         empty: Dice of a session without the structure: ``"left_out"``, ``"nan"``, ``"one"`` or ``"zero"``,
-            see `brainfound.metrics.scores.segmentation_case_scores`; None: as in the run's recipe.
+            see `brainfound.metrics.registry.segmentation_case_scores`; None: as in the run's recipe.
         out: a folder for the page of this evaluation and its files.
         command: the command line, for the page.
 

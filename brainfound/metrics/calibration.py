@@ -17,7 +17,7 @@ import numpy as np
 from scipy import optimize, special, stats
 
 from brainfound.errors import UsageError
-from brainfound.metrics.values import finite_array
+from brainfound.metrics.input_checks import finite_array
 
 TEMPERATURE_RANGE = (0.01, 100.0)
 """An optimum outside of this range means that the cases do not determine a temperature."""

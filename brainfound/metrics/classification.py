@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from brainfound.errors import UsageError
-from brainfound.metrics.values import finite_array, is_constant, label_pair
+from brainfound.metrics.input_checks import finite_array, is_constant, label_pair
 
 # 1 − 0.9 is not exact: a tenth of 20 negatives must be 2, not 1.9999999999999996.
 _COUNT_SLACK = 1e-9

@@ -20,9 +20,9 @@ from sklearn.preprocessing import StandardScaler
 from brainfound.data.splits.dividing import k_folds, label_text, to_numeric_or_none
 from brainfound.errors import UsageError
 from brainfound.metrics.classification import balanced_accuracy
+from brainfound.metrics.input_checks import finite_array
 from brainfound.metrics.regression import r2
 from brainfound.metrics.statistics import NUM_RESAMPLES, Interval, bootstrap_interval
-from brainfound.metrics.values import finite_array
 
 
 @dataclass(frozen=True)

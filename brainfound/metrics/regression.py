@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from brainfound.metrics.values import is_constant, value_pair
+from brainfound.metrics.input_checks import is_constant, value_pair
 
 
 def mae(target: Any, prediction: Any) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import ndimage
 
 from brainfound.errors import UsageError
-from brainfound.metrics.values import get_convention_score, mask_pair, validate_spacing
+from brainfound.metrics.input_checks import get_convention_score, mask_pair, validate_spacing
 
 Empty = Literal["one", "nan", "zero"]
 _EMPTY_SCORE = {"one": 1.0, "nan": float("nan"), "zero": 0.0}

@@ -26,7 +26,7 @@ from scipy import stats
 
 from brainfound.errors import UsageError
 from brainfound.metrics.classification import one_vs_rest
-from brainfound.metrics.values import finite_array, is_constant
+from brainfound.metrics.input_checks import finite_array, is_constant
 
 Metric = Callable[..., float]
 CONFIDENCE, NUM_RESAMPLES = 0.95, 2000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from brainfound.cli.terminal import format_number, intervals_line, scores_line
-from brainfound.metrics.scores import classification_scores, regression_scores
+from brainfound.metrics.registry import classification_scores, regression_scores
 
 
 def test_a_number_that_is_not_defined_is_a_dash():

@@ -18,7 +18,7 @@ from brainfound.finetuning.tasks import Segmentation
 from brainfound.finetuning.tasks.segmentation import OverlappingSegmentation
 from brainfound.inference.evaluation import evaluate
 from brainfound.metrics.cases import compute_headline_score
-from brainfound.metrics.scores import segmentation_case_scores
+from brainfound.metrics.registry import segmentation_case_scores
 from brainfound.models.infer import StackPrediction, infer
 from brainfound.recipes import validate
 

@@ -12,8 +12,7 @@ import pytest
 from brainfound.errors import UsageError
 from brainfound.metrics import auroc, mae
 from brainfound.metrics.comparison import compare, compare_pairs, score_intervals
-from brainfound.metrics.registry import task_metrics
-from brainfound.metrics.scores import classification_scores, multi_label_scores
+from brainfound.metrics.registry import classification_scores, multi_label_scores, task_metrics
 from brainfound.metrics.statistics import bootstrap_interval, delong_test, holm, paired_permutation_test
 
 FEW = {"num_resamples": 60, "num_permutations": 120}

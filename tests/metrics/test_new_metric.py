@@ -39,7 +39,7 @@ from brainfound.cli.terminal import scores_line
 from brainfound.experiments.folder import SCHEMA
 from brainfound.experiments.page import write_experiment_page
 from brainfound.experiments.folder import summarise_runs, to_json_records
-from brainfound.metrics.scores import mean_case_scores, regression_scores, segmentation_case_scores
+from brainfound.metrics.registry import mean_case_scores, regression_scores, segmentation_case_scores
 from brainfound.report.curves import _best
 
 assert brainfound.__file__.startswith(sys.argv[1]), brainfound.__file__

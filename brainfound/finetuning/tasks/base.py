@@ -25,7 +25,7 @@ from brainfound.data.store import Store
 from brainfound.errors import UsageError
 from brainfound.finetuning.linear_models import LabelledFeatures, Linear
 from brainfound.metrics.calibration import BiasCorrection, ConformalInterval, ReliabilityBins
-from brainfound.metrics.scores import EmptyCase
+from brainfound.metrics.registry import EmptyCase
 from brainfound.models.infer import StackPrediction
 from brainfound.recipes import Recipe
 

@@ -30,7 +30,8 @@ from brainfound.finetuning.tasks.base import (
     TaskRecipe,
     VolumeTask,
 )
-from brainfound.metrics import calibration, scores
+from brainfound.metrics import calibration
+from brainfound.metrics.registry import classification_scores, multi_label_scores
 from brainfound.models import BrainFoundForClassification
 from brainfound.models.infer import StackPrediction
 
@@ -167,7 +168,7 @@ class Classification(VolumeTask):
         return {"truth": self.names[truth]}
 
     def compute_scores(self, truths: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
-        return scores.classification_scores(truths, np.stack([answer.probabilities for answer in answers]))
+        return classification_scores(truths, np.stack([answer.probabilities for answer in answers]))
 
     def trivial_answer(self) -> StackPrediction | None:
         return StackPrediction(probabilities=np.array(self.shares)) if self.shares else None
@@ -285,7 +286,7 @@ class MultiLabelClassification(Classification):
         return {f"truth({name})": int(label) for name, label in zip(self.names, truth, strict=True)}
 
     def compute_scores(self, truths: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
-        return scores.multi_label_scores(truths, np.stack([answer.probabilities for answer in answers]), self.names)
+        return multi_label_scores(truths, np.stack([answer.probabilities for answer in answers]), self.names)
 
     def _decide(self, probabilities: Mapping[str, float]) -> dict[str, Any]:
         return {"present": [name for name, p in probabilities.items() if p > 0.5]}

@@ -20,7 +20,7 @@ from brainfound.errors import UsageError
 from brainfound.finetuning.linear_models import LabelledFeatures, Linear, fit_ridge
 from brainfound.finetuning.tasks.base import AnswerCalibration, Notify, Parts, TargetColumn, TaskRecipe, VolumeTask
 from brainfound.metrics.calibration import conformal_interval, coverage, fit_bias_correction
-from brainfound.metrics.scores import regression_scores
+from brainfound.metrics.registry import regression_scores
 from brainfound.models import BrainFoundForRegression
 from brainfound.models.heads import bin_edges
 from brainfound.models.infer import StackPrediction

@@ -34,7 +34,7 @@ from brainfound.finetuning.tasks.base import (
     Task,
     TaskRecipe,
 )
-from brainfound.metrics.scores import mean_case_scores, segmentation_case_scores
+from brainfound.metrics.registry import mean_case_scores, segmentation_case_scores
 from brainfound.models import BrainFoundForSegmentation
 from brainfound.models.infer import StackPrediction
 

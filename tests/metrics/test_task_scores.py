@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from brainfound.errors import UsageError
-from brainfound.metrics.scores import (
+from brainfound.metrics.registry import (
     classification_scores,
     mean_case_scores,
     multi_label_scores,
