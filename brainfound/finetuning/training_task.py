@@ -30,8 +30,8 @@ from brainfound.models.loading import load_initial_model
 from brainfound.recipes import load
 from brainfound.training import distributed
 from brainfound.training.data_loading import EpochOrder, RankBatchSampler
+from brainfound.training.optim import warmup_schedule
 from brainfound.training.randomness import INITIALISATION, StepKey, derive_seed
-from brainfound.training.schedules import warmup_schedule
 from brainfound.training.task import TrainTask
 
 

@@ -28,8 +28,7 @@ from brainfound.pretraining.starting_model import FROM_SCRATCH, InitRecipe, Trai
 from brainfound.recipes import Recipe, load, validate
 from brainfound.training import distributed
 from brainfound.training.engine import EngineRecipe
-from brainfound.training.optim import OptimRecipe
-from brainfound.training.schedules import ScheduleRecipe
+from brainfound.training.optim import OptimRecipe, ScheduleRecipe
 
 AUTO_KEYS = ("attention", "compile", "crops")
 """The engine settings whose "auto" is resolved here."""

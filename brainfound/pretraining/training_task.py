@@ -24,11 +24,10 @@ from brainfound.pretraining.objectives.registry import make_objective
 from brainfound.pretraining.recipe import PretrainEngineRecipe, PretrainRecipe
 from brainfound.pretraining.slices import PretrainBatch, SliceDataset, make_slice_loader, usable_rows
 from brainfound.pretraining.starting_model import FROM_SCRATCH
-from brainfound.training import checkpoint, distributed, schedules
+from brainfound.training import checkpoint, distributed, optim
 from brainfound.training.checkpoint import wrap_write_errors
 from brainfound.training.data_loading import EpochOrder, RankBatchSampler, prefetch_to_device
 from brainfound.training.distributed import is_sharded
-from brainfound.training.optim import make_optimizer, parameter_groups
 from brainfound.training.randomness import StepKey
 from brainfound.training.task import TrainTask
 
@@ -77,7 +76,7 @@ class PretrainTask(TrainTask):
         start_file = self.checkpoint_folder / "start.safetensors" if self.rank == 0 else None
         self.probe = Probe(store, recipe.probe, recipe.seed, start_file) if recipe.probe.every else None
         self.guard = Guard(recipe.guard, from_scratch=recipe.init.source == FROM_SCRATCH)
-        self.effective_lr = schedules.effective_lr(recipe.optim.lr, recipe.engine.batch_size)
+        self.effective_lr = optim.effective_lr(recipe.optim.lr, recipe.engine.batch_size)
         self.model = objective.student
         self.clip_norm = recipe.optim.clip_norm
         self.evaluate_every = recipe.probe.every
@@ -89,8 +88,10 @@ class PretrainTask(TrainTask):
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         num_layers = self.objective.exported_encoder.num_layers
-        optim = self.recipe.optim
-        return make_optimizer(parameter_groups(self.model.named_parameters(), num_layers, optim), optim)
+        settings = self.recipe.optim
+        return optim.make_optimizer(
+            optim.parameter_groups(self.model.named_parameters(), num_layers, settings), settings
+        )
 
     def _rank_batches(self, first_step: int) -> RankBatchSampler:
         engine = self.engine
@@ -107,7 +108,7 @@ class PretrainTask(TrainTask):
 
     def learning_rate(self, step: int, role: str) -> float:
         schedule, peak = self.recipe.schedule, self.effective_lr * self.guard.state.lr_scale
-        return schedules.learning_rate(
+        return optim.learning_rate(
             step,
             role,
             peak=peak,

@@ -19,7 +19,7 @@ from transformers import Dinov2Config, Dinov2WithRegistersConfig
 from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.pretraining.objectives.networks import DistillationModel
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation
-from brainfound.training import schedules
+from brainfound.training import optim
 from brainfound.training.optim import OptimRecipe, make_optimizer, parameter_groups
 
 PEAK, FINAL, STEPS, WARMUP, WAIT = 3e-4, 1e-6, 37, 5, 8
@@ -35,7 +35,7 @@ def half_cosine(start: float, end: float, num: int) -> np.ndarray:
 
 def every_step(role: str, **changes) -> list[float]:
     settings = {"peak": PEAK, "final": FINAL, "num_steps": STEPS, "warmup_steps": WARMUP, "head_warmup_steps": WAIT}
-    return [schedules.learning_rate(step, role, **(settings | changes)) for step in range(STEPS)]
+    return [optim.learning_rate(step, role, **(settings | changes)) for step in range(STEPS)]
 
 
 def rise_and_fall(num: int) -> np.ndarray:
@@ -83,9 +83,9 @@ def test_the_differences_from_the_published_curve_are_those_that_are_said():
 
 
 def test_momentum_and_temperature_at_every_step():
-    momentum = [schedules.cosine(step, 0.992, 1.0, STEPS) for step in range(STEPS)]
+    momentum = [optim.cosine(step, 0.992, 1.0, STEPS) for step in range(STEPS)]
     np.testing.assert_allclose(momentum, half_cosine(0.992, 1.0, STEPS), rtol=1e-14)
-    temperature = [schedules.linear(step, 0.04, 0.07, 10) for step in range(STEPS)]
+    temperature = [optim.linear(step, 0.04, 0.07, 10) for step in range(STEPS)]
     np.testing.assert_allclose(temperature, np.append(np.linspace(0.04, 0.07, 11), [0.07] * (STEPS - 11)), rtol=1e-12)
 
 
@@ -100,7 +100,7 @@ def test_the_objective_reports_the_same_curves(model, recipe):
 
 def test_the_rate_grows_with_the_square_root_of_the_batch():
     for batch in (1, 64, 128, 3072):
-        assert schedules.effective_lr(2e-4, batch) == pytest.approx(2e-4 * (batch / 128) ** 0.5, rel=1e-12)
+        assert optim.effective_lr(2e-4, batch) == pytest.approx(2e-4 * (batch / 128) ** 0.5, rel=1e-12)
 
 
 # Parameter groups on the library's real ViTs

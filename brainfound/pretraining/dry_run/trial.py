@@ -41,8 +41,8 @@ from brainfound.pretraining.starting_model import build_meta_model, build_model
 from brainfound.pretraining.training_task import PretrainTask, make_task
 from brainfound.training import distributed
 from brainfound.training.engine import Engine
+from brainfound.training.optim import effective_lr
 from brainfound.training.process import make_accelerator, make_console
-from brainfound.training.schedules import effective_lr
 
 NUM_STEPS = 2
 NUM_ESTIMATE_IMAGES = 4  # in the micro-batch that is tried out for another machine

@@ -37,8 +37,8 @@ from brainfound.pretraining.slices import PretrainBatch
 from brainfound.pretraining.starting_model import merge_adapters, merged_state_dict
 from brainfound.recipes import Recipe
 from brainfound.training import distributed
+from brainfound.training.optim import ScheduleRecipe
 from brainfound.training.randomness import StepKey
-from brainfound.training.schedules import ScheduleRecipe
 
 LossAndMetrics = tuple[Float[Tensor, ""], dict[str, Tensor]]
 """The loss of a micro-batch, and its named parts without gradients, for the log."""

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from brainfound.training.distributed import to_local_tensors
-from brainfound.training.schedules import cosine
+from brainfound.training.optim import cosine
 
 _FOREACH_CHUNK = 64  # tensors; bounds the memory of the differences
 

@@ -46,7 +46,8 @@ from brainfound.pretraining.objectives.networks import (
 )
 from brainfound.pretraining.objectives.prototypes import Assignments, Projection
 from brainfound.pretraining.slices import PretrainBatch
-from brainfound.training import distributed, schedules
+from brainfound.training import distributed
+from brainfound.training.optim import ScheduleRecipe, cosine, linear
 from brainfound.training.randomness import MASKS, VIEWS, StepKey, numpy_generator, torch_generator
 
 MAX_INITIAL_WEIGHT_FRACTION = 0.05  # of the initial weights left in the final teacher; above it, a note
@@ -296,9 +297,7 @@ class SelfDistillation(AnchoredObjective):
         return f"self-distillation ({parts}{self.describe_anchor()})"
 
     @classmethod
-    def preflight(
-        cls, recipe: SelfDistillationRecipe, schedule: schedules.ScheduleRecipe, num_steps: int
-    ) -> Iterator[str]:
+    def preflight(cls, recipe: SelfDistillationRecipe, schedule: ScheduleRecipe, num_steps: int) -> Iterator[str]:
         """Note if the teacher follows too slowly for the length of the run."""
         start, end = recipe.momentum
 
@@ -335,10 +334,8 @@ class SelfDistillation(AnchoredObjective):
     def schedule(self, step: int) -> dict[str, float]:
         recipe = self.recipe
         return {
-            "teacher_temperature": schedules.linear(
-                step, *recipe.teacher_temperature, recipe.teacher_temperature_warmup_steps
-            ),
-            "momentum": schedules.cosine(step, *recipe.momentum, self.num_steps),
+            "teacher_temperature": linear(step, *recipe.teacher_temperature, recipe.teacher_temperature_warmup_steps),
+            "momentum": cosine(step, *recipe.momentum, self.num_steps),
         }
 
     @torch.no_grad()
