@@ -22,8 +22,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from brainfound.adapters.attach import unfreeze_last_blocks
-from brainfound.adapters.roles import Roles, resolve_targets
+from brainfound.adapters.attach import Roles, resolve_targets, unfreeze_last_blocks
 from brainfound.data.store import Store
 from brainfound.errors import RecipeError
 from brainfound.models import BrainFoundConfig, BrainFoundModel

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from brainfound.adapters.roles import block_number
+from brainfound.adapters.attach import block_number
 from brainfound.errors import TrainingError
 from brainfound.recipes import Recipe
 from brainfound.training.distributed import max_over_ranks, to_full_tensor

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, ViTConfig, ViTModel
 
 from brainfound.adapters import AdapterRecipe, attach_adapter
-from brainfound.adapters.roles import resolve_targets
+from brainfound.adapters.attach import resolve_targets
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError, RecipeError
 from brainfound.finetuning.recipe import FinetuneRecipe
