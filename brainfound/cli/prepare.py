@@ -13,7 +13,7 @@ from brainfound.errors import EXIT_SOME_REJECTED, UsageError
 if TYPE_CHECKING:
     from brainfound.data.preprocessing.settings import Preprocessing
     from brainfound.data.store import Store
-    from brainfound.data.store.executors import Executor
+    from brainfound.data.store.prepare import Executor
 
 
 def prepare(

@@ -18,7 +18,8 @@ import pytest
 from brainfound.data.cohort import Cohort
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.reading.scan import load_scan
-from brainfound.data.store import Store, executors
+from brainfound.data.store import Store
+from brainfound.data.store import prepare as prepare_module
 from brainfound.data.store.prepare import prepare
 from brainfound.errors import StoreError, UsageError
 from tests.data.stacks import build_stack
@@ -97,13 +98,13 @@ def test_an_unfinished_store_is_gone_on_with(tmp_path, make_cohort, monkeypatch)
     with pytest.raises(StoreError, match="not complete"):
         Store.open(tmp_path / "store")
     written = []
-    write_shard = executors.write_shard
+    write_shard = prepare_module.write_shard
 
     def spy(job):
         written.append(job.shard.number)
         write_shard(job)
 
-    monkeypatch.setattr(executors, "write_shard", spy)
+    monkeypatch.setattr(prepare_module, "write_shard", spy)
     assert prepare(cohort, tmp_path / "store", settings).content_hash == expected
     assert 0 not in written
 

@@ -17,8 +17,9 @@ import pandas as pd
 import pytest
 
 from brainfound.data.preprocessing.settings import Preprocessing
-from brainfound.data.store import Store, executors
+from brainfound.data.store import Store
 from brainfound.data.store import plan as store_plan
+from brainfound.data.store import prepare as prepare_module
 from brainfound.data.store import prepare as preparing
 from brainfound.data.store.prepare import prepare
 from brainfound.errors import StoreError, UsageError
@@ -35,13 +36,13 @@ def source(tmp_path, make_cohort):
 def prepared_sessions(monkeypatch):
     """Counts how often each session is prepared."""
     counts: Counter[str] = Counter()
-    write = executors.write_shard
+    write = prepare_module.write_shard
 
     def spy(job):
         counts.update(session.subject for session in job.sessions)
         write(job)
 
-    monkeypatch.setattr(executors, "write_shard", spy)
+    monkeypatch.setattr(prepare_module, "write_shard", spy)
     return counts
 
 
@@ -58,17 +59,17 @@ def rows_of(source, keep):
 
 def stop_after_the_first_shard(source, out, monkeypatch) -> None:
     """A run that is ended when eight of the twelve sessions are done."""
-    write = executors.write_shard
+    write = prepare_module.write_shard
 
     def fails_at_the_second(job):
         if job.shard.number == 1:
             raise KeyboardInterrupt
         write(job)
 
-    monkeypatch.setattr(executors, "write_shard", fails_at_the_second)
+    monkeypatch.setattr(prepare_module, "write_shard", fails_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         prepare(source, out, SETTINGS)
-    monkeypatch.setattr(executors, "write_shard", write)
+    monkeypatch.setattr(prepare_module, "write_shard", write)
 
 
 def assert_equal_to_new(store: Store, source, tmp_path) -> None:
@@ -227,13 +228,13 @@ def test_a_store_behind_a_link_stays_there(source, tmp_path):
 def test_workers_get_paths_that_mean_the_same_everywhere(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []
-    write = executors.write_shard
+    write = prepare_module.write_shard
 
     def spy(job):
         seen.extend([job.partial, job.root, *job.sessions[0].scans.values(), *job.sessions[0].masks.values()])
         write(job)
 
-    monkeypatch.setattr(executors, "write_shard", spy)
+    monkeypatch.setattr(prepare_module, "write_shard", spy)
     prepare("cohort", "store", SETTINGS)
     assert seen
     assert all(path.is_absolute() for path in seen)
@@ -242,8 +243,8 @@ def test_workers_get_paths_that_mean_the_same_everywhere(source, tmp_path, monke
 
 def test_a_worker_of_a_run_that_is_over_writes_nothing(source, tmp_path, monkeypatch):
     jobs = []
-    write = executors.write_shard
-    monkeypatch.setattr(executors, "write_shard", lambda job: (jobs.append(job), write(job)))
+    write = prepare_module.write_shard
+    monkeypatch.setattr(prepare_module, "write_shard", lambda job: (jobs.append(job), write(job)))
     prepare(source, tmp_path / "store", SETTINGS)
     partial = jobs[0].partial
     (partial / "slices").mkdir(parents=True)
@@ -326,17 +327,17 @@ def test_the_size_that_is_foreseen_is_near_the_real_one(source, tmp_path, monkey
 
 
 def test_a_disk_that_fills_up_on_the_way_keeps_what_was_done(source, tmp_path, monkeypatch, prepared_sessions):
-    spied = executors.write_shard
+    spied = prepare_module.write_shard
 
     def fills_up(job):
         if job.shard.number == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
         spied(job)
 
-    monkeypatch.setattr(executors, "write_shard", fills_up)
+    monkeypatch.setattr(prepare_module, "write_shard", fills_up)
     with pytest.raises(StoreError, match="disk is full.*what was done is kept"):
         prepare(source, tmp_path / "store", SETTINGS)
-    monkeypatch.setattr(executors, "write_shard", spied)
+    monkeypatch.setattr(prepare_module, "write_shard", spied)
     prepare(source, tmp_path / "store", SETTINGS)
     assert set(prepared_sessions.values()) == {1}
 
