@@ -29,8 +29,8 @@ def compare(
     Tests: paired permutation over subjects, DeLong for AUROC, Holm's correction over the compared systems. Folds are
     pooled; scores of several seeds are averaged.
     """
-    from brainfound.experiments.compared_runs import read_compared_runs
     from brainfound.experiments.folder import to_json_records
+    from brainfound.experiments.systems import read_compared_runs
     from brainfound.metrics.comparison import compare as compare_with_first
     from brainfound.metrics.comparison import compare_pairs, score_intervals
     from brainfound.metrics.statistics import CONFIDENCE, NUM_RESAMPLES
