@@ -20,8 +20,8 @@ from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.store import Store
 from brainfound.data.store.prepare import prepare
 from brainfound.errors import UsageError
+from brainfound.phantom.cohort import CohortSettings, draw_participant, scan_path, write_subject
 from brainfound.phantom.label_maps import find_label_maps
-from brainfound.phantom.subject import CohortSettings, draw_participant, scan_path, write_subject
 
 CONTRASTS = ("T1w", "T2w", "FLAIR")
 DIAGNOSES = (("healthy", 0.5), ("tumour", 1 / 6), ("infarct", 1 / 6), ("ms", 1 / 6))
