@@ -20,18 +20,21 @@ from typing import Protocol
 import numpy as np
 
 from brainfound.data.preprocessing.grids import bounding_box
-from brainfound.phantom.grid import Grid, apply_to_planes, resampling_matrices, smooth_noise
-from brainfound.phantom.physics import TISSUE_INDEX, TISSUES
-from brainfound.phantom.shapes import (
+from brainfound.phantom.geometry import (
+    Grid,
+    apply_to_planes,
     cerebrum_fields,
     ellipsoid,
     inside_fraction,
+    resampling_matrices,
     smooth_intersection,
+    smooth_noise,
     smooth_union,
     smoothstep,
     sulcal_sheets,
     tube,
 )
+from brainfound.phantom.physics import TISSUE_INDEX, TISSUES
 
 _COARSE_MM = 2.0
 _COARSE_ROWS = 6

@@ -24,7 +24,7 @@ from brainfound.contrasts import parse_contrast
 from brainfound.data.worker_processes import map_in_processes
 from brainfound.errors import BrainFoundError, UsageError, did_you_mean
 from brainfound.phantom.anatomy import Ageing, Anatomy, MassEffect, ParametricHead, draw_ageing, rotation_matrix
-from brainfound.phantom.grid import Grid, apply_matrices, resampling_matrices
+from brainfound.phantom.geometry import Grid, apply_matrices, resampling_matrices
 from brainfound.phantom.label_maps import LabelledHead, find_label_maps, read_label_map
 from brainfound.phantom.pathology import DIAGNOSES, Pathology, Survey, draw_pathology
 from brainfound.phantom.physics import (

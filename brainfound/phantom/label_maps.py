@@ -24,7 +24,7 @@ from scipy import ndimage
 from brainfound.data.preprocessing.grids import bounding_box
 from brainfound.errors import CohortError
 from brainfound.phantom.anatomy import Ageing, MassEffect, subject_coordinates
-from brainfound.phantom.grid import Grid, apply_to_planes, resampling_matrices
+from brainfound.phantom.geometry import Grid, apply_to_planes, resampling_matrices
 from brainfound.phantom.physics import PARENCHYMA, TISSUE_INDEX, TISSUES
 
 TISSUE_LABELS: dict[str, tuple[int, ...]] = {

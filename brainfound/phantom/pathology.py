@@ -17,9 +17,15 @@ from scipy import ndimage
 
 from brainfound.data.preprocessing.grids import bounding_box
 from brainfound.phantom.anatomy import Ageing, Anatomy, MassEffect
-from brainfound.phantom.grid import Grid, apply_matrices, cubic_matrix, resampling_matrices, smooth_noise
+from brainfound.phantom.geometry import (
+    Grid,
+    apply_matrices,
+    cubic_matrix,
+    inside_fraction,
+    resampling_matrices,
+    smooth_noise,
+)
 from brainfound.phantom.physics import PARENCHYMA, TISSUE_INDEX
-from brainfound.phantom.shapes import inside_fraction
 
 DIAGNOSES = ("healthy", "tumour", "infarct", "ms")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from brainfound.phantom.grid import HEAD_EXTENT_MM, Grid, apply_matrices, resampling_matrices, smooth_noise
+from brainfound.phantom.geometry import HEAD_EXTENT_MM, Grid, apply_matrices, resampling_matrices, smooth_noise
 from brainfound.phantom.physics import B_VALUE_S_PER_MM2, Sequence, nulling_inversion_time_s
 
 _LARGEST_ADC = 4000.0

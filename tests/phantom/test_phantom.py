@@ -19,7 +19,7 @@ from brainfound.errors import CohortError, UsageError
 from brainfound.phantom import write_phantom_cohort
 from brainfound.phantom.anatomy import ParametricHead, draw_ageing
 from brainfound.phantom.cohort import SEGMENTATION, CohortSettings, draw_contrasts, scan_path
-from brainfound.phantom.grid import Grid, acquisition_matrix
+from brainfound.phantom.geometry import Grid, acquisition_matrix
 from brainfound.phantom.label_maps import LabelledHead, find_label_maps, read_label_map
 from brainfound.phantom.physics import TISSUE_INDEX, TISSUES, Sequence, nulling_inversion_time_s, tissue_signal
 from brainfound.phantom.scanner import make_site
