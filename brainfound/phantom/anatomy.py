@@ -1,8 +1,8 @@
 """A head built from shapes (cortex, white matter, ventricles, nuclei, skull, scalp), and its ageing.
 
-Structures are depth fields (`shapes`) in head coordinates (mm, RAS, origin near the anterior commissure), evaluated on
-a coarse grid after a smooth individual warp, interpolated by cubic splines, and composed front to back into tissue
-fractions. A cortical ribbon of even thickness follows every surface that touches cerebrospinal fluid.
+Structures are depth fields (`geometry`) in head coordinates (mm, RAS, origin near the anterior commissure). They are
+evaluated on a coarse grid after a smooth individual warp, interpolated by cubic splines, and composed front to back
+into tissue fractions. A cortical ribbon of even thickness follows every surface that touches cerebrospinal fluid.
 
 Ageing: ventricles enlarge at an accelerating rate (Scahill et al. 2003, Arch Neurol 60:989); the cortex thins from
 middle age on (Salat et al. 2004, Cereb Cortex 14:721); iron in pallidum and putamen shortens T2 (Hallgren and Sourander

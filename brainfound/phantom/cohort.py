@@ -31,10 +31,12 @@ from brainfound.phantom.physics import (
     B_VALUE_S_PER_MM2,
     SIMULATED_CONTRASTS,
     TISSUE_INDEX,
+    Acquisition,
+    Site,
+    make_site,
     subject_tissues,
     tissue_signal,
 )
-from brainfound.phantom.scanner import Acquisition, Site, make_site
 
 DEFAULT_DIAGNOSES: dict[str, float] = {"healthy": 0.4, "tumour": 0.2, "infarct": 0.2, "ms": 0.2}
 

@@ -21,8 +21,14 @@ from brainfound.phantom.anatomy import ParametricHead, draw_ageing
 from brainfound.phantom.cohort import SEGMENTATION, CohortSettings, draw_contrasts, scan_path
 from brainfound.phantom.geometry import Grid, acquisition_matrix
 from brainfound.phantom.label_maps import LabelledHead, find_label_maps, read_label_map
-from brainfound.phantom.physics import TISSUE_INDEX, TISSUES, Sequence, nulling_inversion_time_s, tissue_signal
-from brainfound.phantom.scanner import make_site
+from brainfound.phantom.physics import (
+    TISSUE_INDEX,
+    TISSUES,
+    Sequence,
+    make_site,
+    nulling_inversion_time_s,
+    tissue_signal,
+)
 
 COARSE_MM = 3.5
 LABEL = {name: value for value, (name, _) in enumerate(SEGMENTATION)}
