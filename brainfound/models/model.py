@@ -24,17 +24,9 @@ from brainfound.models.backbones import load_backbone, load_image_statistics
 from brainfound.models.configuration import BrainFoundConfig, require_known_fields
 from brainfound.models.decoders import DECODERS, SliceMixing
 from brainfound.models.encoder import SliceEncoder, ValidSlices, require_same_shape, validate_embeddings
-from brainfound.models.heads import (
-    ClassificationHead,
-    RegressionHead,
-    RegressionHeadOutput,
-    bin_edges,
-    bins_loss,
-    classification_loss,
-    compute_segmentation_loss,
-    regression_loss,
-)
+from brainfound.models.heads import ClassificationHead, RegressionHead, RegressionHeadOutput, bin_edges
 from brainfound.models.loading import load_checked
+from brainfound.models.losses import bins_loss, classification_loss, compute_segmentation_loss, regression_loss
 
 Pixels = Float[Tensor, "volumes slices contrasts height width"] | UInt8[Tensor, "volumes slices contrasts height width"]
 

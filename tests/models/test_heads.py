@@ -15,16 +15,8 @@ from brainfound.models import (
     BrainFoundForSegmentation,
 )
 from brainfound.models.decoders import DECODERS, pyramid_factors
-from brainfound.models.heads import (
-    ClassificationHead,
-    RegressionHead,
-    bin_edges,
-    bins_loss,
-    classification_loss,
-    regression_loss,
-    segmentation_loss,
-    soft_labels,
-)
+from brainfound.models.heads import ClassificationHead, RegressionHead, bin_edges
+from brainfound.models.losses import bins_loss, classification_loss, regression_loss, segmentation_loss, soft_labels
 
 
 def test_segmentation_loss_against_numpy():

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundConfig, BrainFoundForSegmentation
-from brainfound.models.heads import compute_segmentation_loss, dice_loss, focal_loss, segmentation_loss, tversky_loss
+from brainfound.models.losses import compute_segmentation_loss, dice_loss, focal_loss, segmentation_loss, tversky_loss
 
 
 @pytest.fixture(params=[False, True], ids=["classes", "overlapping"])
