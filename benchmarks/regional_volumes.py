@@ -41,7 +41,7 @@ def measured_shares(store: Any, segmenter: Path) -> np.ndarray:
 
     import brainfound
     from brainfound.errors import UsageError
-    from brainfound.models.infer import infer
+    from brainfound.models.stack_prediction import infer
 
     predictor = brainfound.load(segmenter)
     expected = tuple(range(max(INSIDE_THE_SKULL) + 1))

@@ -23,7 +23,7 @@ from brainfound.data.store import Store
 from brainfound.finetuning.scoring import SessionScores, score_predictions
 from brainfound.finetuning.tasks import Task
 from brainfound.finetuning.volumes import VolumeAugmentation, augment_volumes
-from brainfound.models.infer import StackPrediction
+from brainfound.models.stack_prediction import StackPrediction
 from brainfound.training.randomness import StepKey
 
 CHANNELS = (16, 32, 64, 128)

@@ -16,7 +16,7 @@ from step_server import StepServer
 
 from brainfound.adapters.attach import AdapterRecipe, attach_adapter, count_parameters
 from brainfound.models import BrainFoundConfig, BrainFoundForClassification
-from brainfound.models.infer import unwrap_peft
+from brainfound.models.stack_prediction import unwrap_peft
 from brainfound.recipes import load
 
 

@@ -185,7 +185,7 @@ def _predict(out: Path, cohort: Path, store: Store) -> None:
     from brainfound.data.cohort import Cohort
     from brainfound.data.splits.split_file import Split
     from brainfound.inference.loading import load
-    from brainfound.models.infer import infer
+    from brainfound.models.stack_prediction import infer
     from brainfound.report.figures import plot_overlay
 
     run = out / "mask-adapted"

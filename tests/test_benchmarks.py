@@ -431,7 +431,7 @@ def test_volumes_that_a_segmentation_measures_tell_an_age(module, small_store, m
         return SimpleNamespace(classes=np.repeat([0, 2, 4, 8], [50, int(stack.covariates["age_years"]), 100, 30]))
 
     monkeypatch.setattr("brainfound.load", lambda folder: of(small_store.preprocessing))
-    monkeypatch.setattr("brainfound.models.infer.infer", found)
+    monkeypatch.setattr("brainfound.models.stack_prediction.infer", found)
     shares = volumes.measured_shares(small_store, Path("run"))
     assert shares.shape == (12, 7)
     assert shares.sum(axis=1) == pytest.approx(1)

@@ -48,8 +48,8 @@ from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.splits.training_history import TrainingHistory
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.models.infer import unwrap_peft
 from brainfound.models.model_folder import is_hub_id, silence_transformers
+from brainfound.models.stack_prediction import unwrap_peft
 from brainfound.report.cards import write_model_card
 
 _TOLERANCE = 1e-5

@@ -30,8 +30,8 @@ from brainfound.models import (
     BrainFoundModel,
 )
 from brainfound.models.backbones import load_backbone
-from brainfound.models.infer import unwrap_peft
 from brainfound.models.model_folder import LOAD_FAILURES, first_line, list_keys, require_finite
+from brainfound.models.stack_prediction import unwrap_peft
 
 
 def file_hash(path: Path) -> str:

@@ -38,8 +38,8 @@ from brainfound.finetuning.scoring import FROZEN_CASES_FILE, write_cases, write_
 from brainfound.finetuning.splits import resolve_split_file, split_sessions, write_split
 from brainfound.finetuning.tasks import TargetColumn, Task, VolumeTask, resolve
 from brainfound.finetuning.training_task import FinetuneTask, build_task
-from brainfound.models.infer import unwrap_peft
 from brainfound.models.loading import read_history
+from brainfound.models.stack_prediction import unwrap_peft
 from brainfound.recipes import load
 from brainfound.report.figures import plot_reliability
 from brainfound.training import distributed, run_folder

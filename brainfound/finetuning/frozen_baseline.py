@@ -34,8 +34,8 @@ from brainfound.finetuning.linear_models import LabelledFeatures, fit_patch_labe
 from brainfound.finetuning.scoring import SessionScores, score_predictions
 from brainfound.finetuning.tasks import ScoringRecipe, Segmentation, Task, VolumeTask
 from brainfound.models import BrainFoundModel
-from brainfound.models.infer import SEGMENTATION_CHUNK, StackPrediction
 from brainfound.models.loading import load_initial_model
+from brainfound.models.stack_prediction import SEGMENTATION_CHUNK, StackPrediction
 from brainfound.training.randomness import PROBE, numpy_generator
 
 MAX_PATCHES, MAX_SESSIONS = 6000, 500

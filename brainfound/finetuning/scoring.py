@@ -24,7 +24,7 @@ from brainfound.finetuning.tasks import ScoringRecipe, Task
 from brainfound.metrics.comparison import score_intervals
 from brainfound.metrics.registry import PRIMARY_METRIC, TABLE_METRICS
 from brainfound.metrics.statistics import CONFIDENCE, NUM_RESAMPLES, explain_missing_interval
-from brainfound.models.infer import StackPrediction, infer, infer_embedded
+from brainfound.models.stack_prediction import StackPrediction, infer, infer_embedded
 from brainfound.training.checkpoint import write_atomically
 
 SCORES_FILE, CASES_FILE = "scores.json", "cases.tsv"

@@ -25,8 +25,8 @@ from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.scoring import SessionScores, score_sessions
 from brainfound.finetuning.tasks import ScoringRecipe, Task
 from brainfound.finetuning.volumes import EmbeddedReader, VolumeReader, augment_volumes
-from brainfound.models.infer import unwrap_peft
 from brainfound.models.loading import load_initial_model
+from brainfound.models.stack_prediction import unwrap_peft
 from brainfound.recipes import load
 from brainfound.training import distributed
 from brainfound.training.data_loading import EpochOrder, RankBatchSampler

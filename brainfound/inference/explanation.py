@@ -33,8 +33,8 @@ from brainfound.inference.explanation_methods import (
     slice_weights,
 )
 from brainfound.inference.prediction import file_stem, require_new, write_image, write_json
-from brainfound.models.infer import infer_embedded, unwrap_peft
 from brainfound.models.model import BrainFoundForSegmentation
+from brainfound.models.stack_prediction import infer_embedded, unwrap_peft
 
 METHODS = ("slice-attention", "rollout", "gradient", "pca")
 CAUTION = (

@@ -31,8 +31,8 @@ from brainfound.data.batches import collate, to_unit_range
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError
 from brainfound.models.encoder import SliceEncoding, ValidSlices
-from brainfound.models.infer import require_same_contrasts, unwrap_peft
 from brainfound.models.model import BrainFoundForSegmentation
+from brainfound.models.stack_prediction import require_same_contrasts, unwrap_peft
 from brainfound.models.stem import PresentImages
 
 WEIGHING_AGGREGATORS = ("attention", "transformer")

@@ -21,8 +21,8 @@ from brainfound.inference.prediction import Prediction
 from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.inference.segmentation import SegmentationOptions
 from brainfound.models import BrainFoundModel
-from brainfound.models.infer import unwrap_peft
 from brainfound.models.model_folder import is_hub_id, reading_model
+from brainfound.models.stack_prediction import unwrap_peft
 from brainfound.training.run_folder import is_run_folder
 
 

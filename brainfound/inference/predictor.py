@@ -39,7 +39,7 @@ from brainfound.inference.explanation import Explanation, choose_methods, explai
 from brainfound.inference.prediction import Prediction, file_name_stem
 from brainfound.inference.scans import session_from_scans
 from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields
-from brainfound.models.infer import infer
+from brainfound.models.stack_prediction import infer
 
 
 @dataclass(frozen=True)

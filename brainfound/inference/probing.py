@@ -23,7 +23,7 @@ from brainfound.finetuning.embedding_cache import EmbeddingCache
 from brainfound.inference.evaluation import require_same_preprocessing
 from brainfound.inference.loading import load
 from brainfound.metrics.embedding_probes import SiteProbe, TestRetest, site_probe, test_retest, validate_probe_columns
-from brainfound.models.infer import unwrap_peft
+from brainfound.models.stack_prediction import unwrap_peft
 
 DEFAULT_SITE = "site"
 

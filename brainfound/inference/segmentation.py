@@ -20,7 +20,7 @@ from brainfound.errors import UsageError
 from brainfound.finetuning.tasks import Task
 from brainfound.finetuning.tasks.segmentation import OverlappingSegmentation, Segmentation
 from brainfound.inference.prediction import volumes_mm3, voxel_mm3
-from brainfound.models.infer import InferenceAugmentation, StackPrediction
+from brainfound.models.stack_prediction import InferenceAugmentation, StackPrediction
 
 # The volume of a voxel comes from an affine in float32, so that 27 mm³ may read as 27.000001.
 _ROUNDING = 1e-6

@@ -17,7 +17,7 @@ from transformers import AutoModel, PreTrainedModel
 from brainfound.data.batches import to_unit_range
 from brainfound.errors import ModelError
 from brainfound.models.backbones import FAMILIES, get_patch_size, mark_as_loaded
-from brainfound.models.blocks import BlockRunner, SavedActivations
+from brainfound.models.block_runner import BlockRunner, SavedActivations
 from brainfound.models.configuration import BrainFoundConfig
 from brainfound.models.kernels import PACKED, Kernel
 from brainfound.models.stem import NUM_NEIGHBOUR_SLICES, STEMS, PresentImages, pack_contrast_number, pack_planes
@@ -164,7 +164,7 @@ class SliceEncoder(nn.Module):
     ) -> list[Float[Tensor, "slices tokens width"]]:
         """Run groups of different lengths through all blocks and the last layer norm, packed into one sequence.
 
-        `drop_path` is stochastic depth by subset (see `brainfound.models.blocks`), off in evaluation mode.
+        `drop_path` is stochastic depth by subset (see `brainfound.models.block_runner`), off in evaluation mode.
         """
         # Transformers looks this up at every call. Not restored: checkpointing calls the modules again later.
         self.backbone.config._attn_implementation = PACKED

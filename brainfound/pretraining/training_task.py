@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from brainfound.data.store import Store
 from brainfound.models import BrainFoundModel
-from brainfound.models.blocks import SavedActivations
+from brainfound.models.block_runner import SavedActivations
 from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.monitoring.guard import Guard, read_retention_scores
 from brainfound.pretraining.monitoring.probes import Probe

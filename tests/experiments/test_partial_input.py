@@ -25,7 +25,7 @@ from brainfound.finetuning.tasks import from_dict
 from brainfound.inference.evaluation import evaluate
 from brainfound.inference.loading import load
 from brainfound.metrics.cases import compute_headline_score
-from brainfound.models.infer import infer
+from brainfound.models.stack_prediction import infer
 from brainfound.recipes import validate
 
 TINY = {

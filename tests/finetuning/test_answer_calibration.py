@@ -15,7 +15,7 @@ from brainfound.finetuning.tasks import Classification, Regression, RegressionRe
 from brainfound.finetuning.tasks.base import AnswerCalibration
 from brainfound.finetuning.tasks.classification import MultiLabelClassification
 from brainfound.metrics.calibration import expected_calibration_error, fit_temperature
-from brainfound.models.infer import StackPrediction
+from brainfound.models.stack_prediction import StackPrediction
 
 AGES = Regression("age_years", mean=50.0, std=10.0)
 WORDS = Classification("diagnosis", names=("healthy", "patient", "unsure"))

@@ -33,7 +33,7 @@ from brainfound.finetuning.tasks import TargetColumn
 from brainfound.finetuning.training_task import FinetuneTask
 from brainfound.finetuning.volumes import VolumeReader
 from brainfound.inference.evaluation import evaluate
-from brainfound.models.infer import unwrap_peft
+from brainfound.models.stack_prediction import unwrap_peft
 from brainfound.recipes import validate
 from tests.tiny_runs import log_lines, subjects_by_part
 

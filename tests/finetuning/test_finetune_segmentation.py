@@ -19,7 +19,7 @@ from brainfound.finetuning.tasks.segmentation import OverlappingSegmentation
 from brainfound.inference.evaluation import evaluate
 from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.registry import segmentation_case_scores
-from brainfound.models.infer import StackPrediction, infer
+from brainfound.models.stack_prediction import StackPrediction, infer
 from brainfound.recipes import validate
 
 TINY = {

@@ -10,7 +10,7 @@ import pytest
 
 from brainfound.finetuning.scoring import read_cases, score_predictions, write_cases
 from brainfound.finetuning.tasks import Segmentation, resolve
-from brainfound.models.infer import StackPrediction
+from brainfound.models.stack_prediction import StackPrediction
 
 SESSIONS = [6, 7, 8, 9, 10, 11]
 

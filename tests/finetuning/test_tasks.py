@@ -22,7 +22,7 @@ from brainfound.finetuning.tasks.base import VolumeScorer, target_columns
 from brainfound.finetuning.tasks.classification import MultiLabelClassification
 from brainfound.finetuning.tasks.segmentation import OverlappingSegmentation
 from brainfound.metrics.registry import task_metrics
-from brainfound.models.infer import StackPrediction
+from brainfound.models.stack_prediction import StackPrediction
 from brainfound.recipes import validate
 
 

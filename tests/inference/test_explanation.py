@@ -29,7 +29,7 @@ from brainfound.models import (
     BrainFoundModel,
 )
 from brainfound.models.aggregators import Aggregator
-from brainfound.models.infer import infer
+from brainfound.models.stack_prediction import infer
 
 PATCH = 8
 FAMILIES = {

@@ -20,7 +20,7 @@ from brainfound.inference.loading import load
 from brainfound.inference.prediction import file_stem
 from brainfound.inference.predictor import Predictor
 from brainfound.inference.scans import parse_inputs
-from brainfound.models.infer import StackPrediction
+from brainfound.models.stack_prediction import StackPrediction
 from brainfound.recipes import validate
 
 CONTRASTS = ("T1w", "T2w", "FLAIR")

@@ -17,7 +17,7 @@ from brainfound.inference.cohort import predict
 from brainfound.inference.predictor import Predictor
 from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields, mirrored_channels
 from brainfound.models import BrainFoundForSegmentation
-from brainfound.models.infer import StackPrediction, infer
+from brainfound.models.stack_prediction import StackPrediction, infer
 
 CLASSES = Segmentation("mask", names=("background", "label 2", "label 5"), codes=(0, 2, 5))
 REGIONS = OverlappingSegmentation("mask", names=("whole", "core"), regions=((2, 5), (5,)))

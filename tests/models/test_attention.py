@@ -73,7 +73,7 @@ def test_a_kernel_that_rounds_otherwise_is_no_fault(dtype):
 
 def test_attention_in_pieces_is_one_operation_that_is_not_computed_again(monkeypatch):
     """Its parts would be kept one by one, scores included."""
-    from brainfound.models.blocks import checkpoint_except_matmuls
+    from brainfound.models.block_runner import checkpoint_except_matmuls
 
     calls = []
     made = attention._probabilities

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.models.blocks import kept_packing, sample_kept_tokens
+from brainfound.models.block_runner import kept_packing, sample_kept_tokens
 from brainfound.models.kernels import Packing
 
 LARGE, SMALL = (3, 3, 32, 32), (5, 3, 16, 16)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from brainfound.models.blocks import checkpoint_except_matmuls
+from brainfound.models.block_runner import checkpoint_except_matmuls
 
 
 class Seen(TorchDispatchMode):

@@ -12,7 +12,7 @@ from torch import nn
 
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.models import BrainFoundForSegmentation
-from brainfound.models.infer import FlipAndShift, InferenceAugmentation, infer, segment
+from brainfound.models.stack_prediction import FlipAndShift, InferenceAugmentation, infer, segment
 
 CONTRASTS = ("T1w", "FLAIR")
 EVERY = InferenceAugmentation(flips=True, overlap=True)

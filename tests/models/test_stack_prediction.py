@@ -15,9 +15,9 @@ from brainfound.models import (
     BrainFoundForRegression,
     BrainFoundForSegmentation,
     BrainFoundModel,
+    stack_prediction,
 )
-from brainfound.models import infer as inference
-from brainfound.models.infer import infer
+from brainfound.models.stack_prediction import infer
 
 CONTRASTS = ("T1w", "FLAIR")
 
@@ -53,7 +53,7 @@ def test_chunks_do_not_change_a_segmentation(backbone_folder, stack, monkeypatch
         elif name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
     whole = infer(model, stack)
-    monkeypatch.setattr(inference, "SEGMENTATION_CHUNK", 4)
+    monkeypatch.setattr(stack_prediction, "SEGMENTATION_CHUNK", 4)
     chunked = infer(model, stack)
     assert whole.classes.shape == (9, 16, 24)
     assert len(np.unique(whole.classes)) > 1

@@ -16,8 +16,13 @@ from brainfound.adapters.attach import resolve_targets
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError, RecipeError
 from brainfound.finetuning.recipe import FinetuneRecipe
-from brainfound.models import BrainFoundConfig, BrainFoundForClassification, BrainFoundForSegmentation, BrainFoundModel
-from brainfound.models import infer as inference
+from brainfound.models import (
+    BrainFoundConfig,
+    BrainFoundForClassification,
+    BrainFoundForSegmentation,
+    BrainFoundModel,
+    stack_prediction,
+)
 from brainfound.models.encoder import ValidSlices
 from brainfound.models.stem import STEMS
 from brainfound.pretraining.starting_model import InitRecipe, build_model
@@ -218,9 +223,9 @@ def test_prediction_keeps_neighbours_together(backbone_folder, monkeypatch):
         native_shape=(7, 16, 24),
         native_affine=np.eye(4),
     )
-    whole = inference.infer(model, stack).foreground_probability
-    monkeypatch.setattr(inference, "SEGMENTATION_CHUNK", 2)
-    np.testing.assert_allclose(inference.infer(model, stack).foreground_probability, whole, atol=1e-5)
+    whole = stack_prediction.infer(model, stack).foreground_probability
+    monkeypatch.setattr(stack_prediction, "SEGMENTATION_CHUNK", 2)
+    np.testing.assert_allclose(stack_prediction.infer(model, stack).foreground_probability, whole, atol=1e-5)
 
 
 def test_several_contrasts_are_refused(backbone_folder):

@@ -1,4 +1,4 @@
-"""How models are run: settled once, written down, without effect on what is learnt."""
+"""How models are run (kernels, crops, compilation): resolved once, written down, without effect on what is learnt."""
 
 import json
 
@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
-from brainfound.pretraining import recipe as running
+from brainfound.pretraining import recipe as recipe_module
 from brainfound.pretraining.objectives.registry import make_objective
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.recipe import PretrainEngineRecipe, resolve_auto_settings
@@ -39,7 +39,7 @@ def test_what_was_asked_for_is_taken(model, recipe):
 
 @pytest.mark.parametrize(("sharded", "crops"), [(True, "packed"), (False, "separate")])
 def test_only_weights_that_are_sharded_need_packed_crops(model, recipe, monkeypatch, sharded, crops):
-    monkeypatch.setattr(running.distributed, "is_distributed", lambda: sharded)
+    monkeypatch.setattr(recipe_module.distributed, "is_distributed", lambda: sharded)
     engine, _ = settled(model, recipe, attention="sdpa", parallel="fsdp", crops="separate")
     assert engine.crops == crops
 
@@ -56,10 +56,10 @@ def test_a_machine_without_a_compiler_is_found_out(monkeypatch):
 
         return fail
 
-    running._can_compile.cache_clear()
+    recipe_module._can_compile.cache_clear()
     monkeypatch.setattr(torch, "compile", no_compiler)
-    assert not running._can_compile(CPU)
-    running._can_compile.cache_clear()
+    assert not recipe_module._can_compile(CPU)
+    recipe_module._can_compile.cache_clear()
 
 
 def test_every_encoder_of_an_objective_is_told(model, recipe):
@@ -91,6 +91,6 @@ def test_a_resumed_run_keeps_what_was_settled(store, recipe, tmp_path, monkeypat
     assert recorded["crops"] == "separate"
     assert "attention_probe" in json.loads((out / "run.json").read_text())
     other = "matmul" if recorded["attention"] == "sdpa" else "sdpa"
-    monkeypatch.setattr(running, "choose_kernel", lambda *arguments: (other, {}))
+    monkeypatch.setattr(recipe_module, "choose_kernel", lambda *arguments: (other, {}))
     pretrain(recipe("engine.attention=auto"), store, out=out, resume=True, quiet=True)
     assert yaml.safe_load((out / "recipe.yaml").read_text())["engine"]["attention"] == recorded["attention"]

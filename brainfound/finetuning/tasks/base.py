@@ -26,7 +26,7 @@ from brainfound.errors import UsageError
 from brainfound.finetuning.linear_models import LabelledFeatures, Linear
 from brainfound.metrics.calibration import BiasCorrection, ConformalInterval, ReliabilityBins
 from brainfound.metrics.registry import EmptyCase
-from brainfound.models.infer import StackPrediction
+from brainfound.models.stack_prediction import StackPrediction
 from brainfound.recipes import Recipe
 
 MASK = "mask"

@@ -33,7 +33,7 @@ from brainfound.finetuning.tasks.base import (
 from brainfound.metrics import calibration
 from brainfound.metrics.registry import classification_scores, multi_label_scores
 from brainfound.models import BrainFoundForClassification
-from brainfound.models.infer import StackPrediction
+from brainfound.models.stack_prediction import StackPrediction
 
 MAX_CLASSES = 50
 NUM_BINS = 15

@@ -23,7 +23,7 @@ from brainfound.metrics.calibration import conformal_interval, coverage, fit_bia
 from brainfound.metrics.registry import regression_scores
 from brainfound.models import BrainFoundForRegression
 from brainfound.models.heads import bin_edges
-from brainfound.models.infer import StackPrediction
+from brainfound.models.stack_prediction import StackPrediction
 
 PREDICTION_STD = "prediction_std"
 """The column of the cases with the standard deviation of a prediction, if the head gives one."""

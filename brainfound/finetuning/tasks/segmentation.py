@@ -36,7 +36,7 @@ from brainfound.finetuning.tasks.base import (
 )
 from brainfound.metrics.registry import mean_case_scores, segmentation_case_scores
 from brainfound.models import BrainFoundForSegmentation
-from brainfound.models.infer import StackPrediction
+from brainfound.models.stack_prediction import StackPrediction
 
 MAX_CODES = 50
 _CONFIG_FIELDS = {"decoder", "decoder_width", "decoder_slice_mixing"}

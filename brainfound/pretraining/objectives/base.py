@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from brainfound.data.augmentation import ViewsRecipe
-from brainfound.models.blocks import kept_packing
+from brainfound.models.block_runner import kept_packing
 from brainfound.models.encoder import SliceEncoder
 from brainfound.models.kernels import Packing
 from brainfound.pretraining.monitoring.collapse_metrics import feature_health_metrics

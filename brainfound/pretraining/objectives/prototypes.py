@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from brainfound.models.blocks import compute_dtype
+from brainfound.models.block_runner import compute_dtype
 from brainfound.training import distributed
 
 # Size of the scores of one product: enough rows to be worth reading all prototypes.
