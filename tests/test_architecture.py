@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "brainfound"
 FLOORS = (
     *(
-        {"errors", "hub"},
+        {"errors", "files", "hub"},
         {"contrasts"},
         {"recipes"},
         {"data"},

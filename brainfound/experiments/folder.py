@@ -27,6 +27,7 @@ import pandas as pd
 
 from brainfound.data.store import Store
 from brainfound.errors import BrainFoundError, UsageError
+from brainfound.files import nan_as_none
 from brainfound.metrics.comparison import compare
 from brainfound.metrics.registry import PRIMARY_METRIC, TABLE_METRICS
 
@@ -229,7 +230,4 @@ def compute_mean_sizes(part: pd.DataFrame) -> dict[str, float]:
 
 def to_json_records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table for JSON; an undefined value becomes null."""
-    return [
-        {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-        for row in table.to_dict(orient="records")
-    ]
+    return [nan_as_none(row) for row in table.to_dict(orient="records")]

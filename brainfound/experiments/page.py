@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from brainfound.experiments.folder import COMPARISON_FILE, FIGURE_FILE, PAGE_FILE, TRIVIAL, ExperimentFolder
+from brainfound.files import write_atomically
 from brainfound.metrics.registry import METRICS, format_score, metric_name
 from brainfound.metrics.statistics import explain_missing_interval
 from brainfound.report.cards import format_table
 from brainfound.report.figures import PALETTE, save_figure
-from brainfound.training.checkpoint import write_atomically
 
 _FEW_SESSIONS = 30
 """Smaller test parts get a caution."""

@@ -22,6 +22,7 @@ from brainfound.data.store import Store
 from brainfound.errors import ModelError, UsageError
 from brainfound.experiments.folder import compute_mean_sizes, compute_spread, get_score_columns, make_score_columns
 from brainfound.experiments.systems import non_empty_subsets
+from brainfound.files import nan_as_none, write_atomically
 from brainfound.finetuning.frozen_baseline import (
     FrozenBaseline,
     load_frozen_baseline,
@@ -32,7 +33,6 @@ from brainfound.finetuning.scoring import FROZEN_CASES_FILE, read_cases, score_s
 from brainfound.finetuning.tasks import TargetColumn, Task, from_dict
 from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.registry import METRICS, PRIMARY_METRIC
-from brainfound.training.checkpoint import write_atomically
 from brainfound.training.process import process_state
 from brainfound.training.run_folder import EXPORT_FOLDER
 
@@ -100,7 +100,7 @@ def _read_frozen_score(run: Path, task: str, sessions: Sequence[int]) -> dict[st
     """The headline score of the frozen baseline of a run on some of its test sessions."""
     cases = read_cases(run / FROZEN_CASES_FILE)
     score = compute_headline_score(task, cases[cases["row"].isin(sessions)])
-    return {PRIMARY_METRIC[task]: None if np.isnan(score) else score}
+    return {PRIMARY_METRIC[task]: nan_as_none(score)}
 
 
 def missing_contrast_rows(folder: Path, table: pd.DataFrame) -> pd.DataFrame:

@@ -29,11 +29,11 @@ from brainfound.experiments.folder import (
 from brainfound.experiments.page import write_experiment_page
 from brainfound.experiments.partial_input import missing_contrast_rows, summarise_missing_contrasts
 from brainfound.experiments.systems import SystemSpec
+from brainfound.files import write_atomically
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.scoring import read_cases, read_scores
 from brainfound.finetuning.tasks import Task
 from brainfound.metrics.registry import PRIMARY_METRIC
-from brainfound.training.checkpoint import write_atomically
 from brainfound.training.run_folder import versions
 
 EXPERIMENT_SPLIT_FILE = "split.json"

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from brainfound.data.batches import collate, evenly_spaced_slices
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import ModelError, TrainingError
+from brainfound.files import write_atomically
 from brainfound.models import BrainFoundModel
 
 _SCHEMA = "brainfound-embeddings/1"
@@ -148,9 +148,7 @@ class EmbeddingCache:
             np.lib.format.open_memmap(self.path / _EMBEDDINGS, "w+", np.float32, shape).flush()
             np.lib.format.open_memmap(self.path / _DONE, "w+", bool, (sessions,)).flush()
             # Written last: a cache that was interrupted before this point is created again.
-            written = self.path / f".{_FACTS}.{os.getpid()}"
-            written.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            written.replace(self.path / _FACTS)
+            write_atomically(self.path / _FACTS, json.dumps(facts, indent=1, sort_keys=True) + "\n")
         embeddings, done = (_writable(self.path / name) for name in (_EMBEDDINGS, _DONE))
         if embeddings.shape != shape or embeddings.dtype != np.float32 or done.shape != (sessions,):
             raise ValueError(f"arrays of shape {embeddings.shape} and {done.shape}")

@@ -19,13 +19,13 @@ from brainfound.data.batches import remove_contrasts
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
+from brainfound.files import nan_as_none, write_atomically
 from brainfound.finetuning.embedding_cache import EmbeddingCache
 from brainfound.finetuning.tasks import ScoringRecipe, Task
 from brainfound.metrics.comparison import score_intervals
 from brainfound.metrics.registry import PRIMARY_METRIC, TABLE_METRICS
 from brainfound.metrics.statistics import CONFIDENCE, NUM_RESAMPLES, explain_missing_interval
 from brainfound.models.stack_prediction import StackPrediction, infer, infer_embedded
-from brainfound.training.checkpoint import write_atomically
 
 SCORES_FILE, CASES_FILE = "scores.json", "cases.tsv"
 FROZEN_CASES_FILE = "frozen-cases.tsv"
@@ -84,26 +84,22 @@ class SessionScores:
             "task": self.task,
             "num_sessions": len(self.cases),
             "without": list(self.without),
-            "scores": _nan_as_none(self.scores),
-            "trivial": _nan_as_none(self.trivial),
+            "scores": nan_as_none(self.scores),
+            "trivial": nan_as_none(self.trivial),
         }
         if self.notes:
             content["notes"] = list(self.notes)
         if self.frozen is not None:
-            content["frozen"] = _nan_as_none(self.frozen)
+            content["frozen"] = nan_as_none(self.frozen)
         if self.intervals is not None:
             scores = {
-                name: {**_nan_as_none({"low": own.low, "high": own.high}), "num_subjects": own.num_subjects}
+                name: {**nan_as_none({"low": own.low, "high": own.high}), "num_subjects": own.num_subjects}
                 for name, own in self.intervals.items()
             }
             content["intervals"] = {"confidence": CONFIDENCE, "num_resamples": NUM_RESAMPLES, "scores": scores}
             if missing := [own.num_subjects for own in self.intervals.values() if np.isnan(own.low)]:
                 content["intervals"]["missing"] = explain_missing_interval(min(missing))
         return content
-
-
-def _nan_as_none(scores: dict[str, float]) -> dict[str, float | None]:
-    return {name: None if np.isnan(value) else float(value) for name, value in scores.items()}
 
 
 def write_scores(folder: Path, scored: SessionScores, *, keep_ids: bool = False, **facts: Any) -> dict[str, Any]:

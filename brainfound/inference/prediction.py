@@ -17,6 +17,7 @@ import numpy as np
 
 from brainfound.data.checking.rules import Level
 from brainfound.errors import UsageError
+from brainfound.files import write_atomically, writing
 
 
 def voxel_mm3(image: nib.Nifti1Image) -> float:
@@ -34,17 +35,13 @@ def volumes_mm3(image: nib.Nifti1Image, names: dict[int, str]) -> dict[str, floa
 
 def write_image(image: nib.Nifti1Image, path: Path) -> None:
     """Write an image atomically."""
-    temporary = path.with_name("." + path.name)
-    nib.save(image, temporary)
-    temporary.replace(path)
+    with writing(path) as temporary:
+        nib.save(image, temporary)
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write a JSON file atomically."""
-    temporary = path.with_name("." + path.name)
-    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 _MAX_NAME_BYTES = 200

@@ -5,7 +5,6 @@ Axis legend: N sessions, D width.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from brainfound.data.splits.dividing import label_text
 from brainfound.data.store import Store
 from brainfound.data.store.store import restrict_contrasts
 from brainfound.errors import TrainingError, UsageError
+from brainfound.files import nan_as_none
 from brainfound.finetuning.embedding_cache import EmbeddingCache
 from brainfound.inference.evaluation import require_same_preprocessing
 from brainfound.inference.loading import load
@@ -53,17 +53,12 @@ class ProbedEmbeddings:
         """Plain values for JSON, with the median ICC in place of one per dimension."""
         content: dict[str, Any] = {"label": self.label, "site": self.site, "num_sessions": self.num_sessions}
         if self.probed is not None:
-            content |= {"num_probed": self.num_probed, "probed": _nan_as_none(asdict(self.probed))}
+            content |= {"num_probed": self.num_probed, "probed": nan_as_none(asdict(self.probed))}
         if self.retest is not None:
-            content["retest"] = _nan_as_none({k: value for k, value in asdict(self.retest).items() if k != "icc"})
+            content["retest"] = nan_as_none({k: value for k, value in asdict(self.retest).items() if k != "icc"})
         if self.notes:
             content["notes"] = list(self.notes)
         return content
-
-
-def _nan_as_none(content: dict[str, Any]) -> dict[str, Any]:
-    plain = {name: _nan_as_none(value) if isinstance(value, dict) else value for name, value in content.items()}
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in plain.items()}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from brainfound.data.store import Store
+from brainfound.files import writing
 from brainfound.models import BrainFoundModel
 from brainfound.models.block_runner import SavedActivations
 from brainfound.models.encoder import SliceEncoder
@@ -165,14 +166,11 @@ class PretrainTask(TrainTask):
         distributed.run_on_main_rank(lambda: self._write_best(step, weights), self.rank == 0)
 
     def _write_best(self, step: int, weights: dict[str, Tensor]) -> None:
-        kept, temporary = self.best_encoder_path(step), self.best_folder / ".writing"
+        kept = self.best_encoder_path(step)
         with wrap_write_errors("the encoder of the best probe", kept):
             self.best_folder.mkdir(parents=True, exist_ok=True)
-            try:
+            with writing(kept) as temporary:
                 save_file(weights, temporary)
-                temporary.replace(kept)
-            finally:
-                temporary.unlink(missing_ok=True)
             # A killed run resumes from a checkpoint, and may stop again before it reaches this step: the best encoder
             # that a checkpoint names stays as long as that checkpoint.
             guards = [state.get("guard", {}) for state in checkpoint.read_task_states(self.checkpoint_folder)]

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from brainfound.data.preprocessing.grids import bounding_box
 from brainfound.errors import UsageError
+from brainfound.files import writing
 from brainfound.metrics.calibration import ReliabilityBins
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -30,9 +31,8 @@ def save_figure(figure: Figure, path: str | Path, **options: Any) -> Path:
     """Write a figure as PNG atomically, so that no reader sees half a picture; creates the folder if needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", **options)
-    partial.replace(path)
+    with writing(path) as temporary:
+        figure.savefig(temporary, format="png", **options)
     return path
 
 

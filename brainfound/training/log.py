@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from brainfound.training.checkpoint import write_atomically
+from brainfound.files import write_atomically
 
 
 class TrainingLog:

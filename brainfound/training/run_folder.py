@@ -26,16 +26,11 @@ from rich.console import Console
 import brainfound
 from brainfound.data.store import Store
 from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
+from brainfound.files import PARTIAL_PREFIX, write_atomically
 from brainfound.recipes import AnyRecipe, Recipe, validate
 from brainfound.report.curves import RunFolder, plot_curves
 from brainfound.training import distributed
-from brainfound.training.checkpoint import (
-    checkpoint_path,
-    latest_valid_checkpoint,
-    list_checkpoints,
-    nearest_existing,
-    write_atomically,
-)
+from brainfound.training.checkpoint import checkpoint_path, latest_valid_checkpoint, list_checkpoints, nearest_existing
 from brainfound.training.process import describe_device, make_accelerator, make_console, probe_precision
 
 RECIPE_FILE = "recipe.yaml"
@@ -177,7 +172,7 @@ def _require_usable_folder(folder: Path, resume: bool) -> None:
     if resume:
         raise UsageError("there is no run to resume", where=folder, remedy="Leave out --resume to start one")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    foreign = {name for name in names - _FILES_BEFORE_RECIPE if not name.endswith(".partial")}
+    foreign = {name for name in names - _FILES_BEFORE_RECIPE if not name.startswith(PARTIAL_PREFIX)}
     # A leftover lock marks a run that was killed before it wrote its recipe.
     if foreign or (names - {EMBEDDINGS_FOLDER} and LOCK_FILE not in names):
         what, got = "the folder is not empty and holds no run", ", ".join(sorted(foreign or names)[:3])

@@ -104,7 +104,7 @@ def test_the_lock_is_held_while_training_and_gone_after_it(store, recipe, tmp_pa
 
 def test_what_a_run_left_that_was_killed_before_its_recipe_is_no_obstacle(tmp_path):
     accelerator = make_accelerator("no")
-    for name in (LOCK_FILE, run_folder.FACTS_FILE, ".recipe.yaml.partial"):
+    for name in (LOCK_FILE, run_folder.FACTS_FILE, ".partial-7-recipe.yaml"):
         (tmp_path / name).write_text("")
     with lock_run_folder(tmp_path, False, accelerator):
         pass

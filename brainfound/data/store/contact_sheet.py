@@ -24,6 +24,7 @@ from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.sources.tables import SessionKey
 from brainfound.data.store.folder import session_keys
 from brainfound.data.store.reader import StoreReader
+from brainfound.files import writing
 
 HEIGHTS = (1 / 3, 1 / 2, 2 / 3)
 """Heights of the slices on a card, as shares of the stack."""
@@ -216,9 +217,8 @@ def draw_contact_sheet(cards: Sequence[SessionCard], contrasts: Sequence[str], p
     _draw_foot(draw, page.size, foot, outlined=any(card.outlines is not None for card in cards))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    page.save(partial, format="PNG", compress_level=4)
-    partial.replace(path)
+    with writing(path) as temporary:
+        page.save(temporary, format="PNG", compress_level=4)
     return path
 
 

@@ -26,6 +26,7 @@ from brainfound.data.sources.tables import SessionKey, read_json
 from brainfound.data.store.folder import SCHEMA_VERSION, StoreFolder, replaced_path, session_keys
 from brainfound.data.worker_processes import require_main_guard
 from brainfound.errors import BrainFoundError, ScanError, StoreError
+from brainfound.files import PARTIAL_PREFIX, write_atomically
 
 _SOURCES_FILE = "sources.parquet"
 MIN_SESSIONS_PER_SHARD = 8
@@ -190,7 +191,7 @@ def plan_shards(
     else:
         remove_folder(partial)
     (partial / "slices").mkdir(parents=True, exist_ok=True)
-    for leftover in [*(partial / "slices").glob("*.unfinished"), *partial.glob("*.tmp")]:
+    for leftover in [*(partial / "slices").glob("*.unfinished"), *partial.glob(f"{PARTIAL_PREFIX}*")]:
         leftover.unlink(missing_ok=True)
     planned = {key for shard in shards for key in shard.keys}
     rest = [key for key in todo if key not in planned]
@@ -268,15 +269,7 @@ def _estimate_bytes(session: Session, preprocessing: Preprocessing) -> int:
 
 def write_json(path: Path, content: Mapping[str, Any], ensure_ascii: bool = True) -> None:
     """Write JSON atomically."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1, ensure_ascii=ensure_ascii, default=_json_value) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=ensure_ascii, default=_json_value) + "\n")
 
 
 def _json_value(value: Any) -> Any:

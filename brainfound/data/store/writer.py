@@ -40,6 +40,7 @@ from brainfound.data.store.plan import Shard, next_file_number, remove_folder, w
 from brainfound.data.store.reader import StoreReader, refused_files, select_sessions
 from brainfound.data.store.slice_files import SliceFileWriter, read_session_offsets, write_datasets_index
 from brainfound.errors import ScanError, StoreError
+from brainfound.files import PARTIAL_PREFIX
 
 REJECTED_COLUMNS = ["file", "subject", "session", "contrast", "reason"]
 QUALITY_COLUMNS = ["subject", "session", *(field.name for field in fields(ScanQuality))]
@@ -252,7 +253,7 @@ def move_into_place(partial: Path, out: Path) -> None:
     if out.exists():
         out.rename(replaced)
     partial.rename(out)
-    for leftover in [*out.glob("shard-*.json"), *out.glob("*.tmp"), out / "plan.json"]:
+    for leftover in [*out.glob("shard-*.json"), *out.glob(f"{PARTIAL_PREFIX}*"), out / "plan.json"]:
         leftover.unlink(missing_ok=True)
     remove_folder(replaced)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
+from brainfound.files import nan_as_none
 from brainfound.finetuning.linear_models import LabelledFeatures, Linear, fit_ridge
 from brainfound.finetuning.tasks.base import AnswerCalibration, Notify, Parts, TargetColumn, TaskRecipe, VolumeTask
 from brainfound.metrics.calibration import conformal_interval, coverage, fit_bias_correction
@@ -187,8 +188,7 @@ class Regression(VolumeTask):
         content: dict[str, Any] = {"bias_correction": None, "interval": None}
         if fitted.bias_correction is not None:
             scores = regression_scores(truth.tolist(), fitted.bias_correction.apply(prediction).tolist())
-            plain = {name: None if np.isnan(value) else float(value) for name, value in scores.items()}
-            content["bias_correction"] = {**asdict(fitted.bias_correction), "scores": plain}
+            content["bias_correction"] = {**asdict(fitted.bias_correction), "scores": nan_as_none(scores)}
         if fitted.interval is not None:
             low, high = fitted.interval.apply(prediction, cases.get(PREDICTION_STD))
             measured = {"coverage": coverage(truth, low, high), "mean_width": float(np.mean(high - low))}

@@ -23,6 +23,7 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from brainfound.files import writing
 from brainfound.metrics.embedding_probes import cross_val_predict, linear_classifier, linear_regressor
 from brainfound.training.randomness import PROBE, numpy_generator
 
@@ -175,12 +176,8 @@ class RetentionProbes:
     def save_start(self, file: Path) -> None:
         """Write the start's results, for resumed runs."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.writing")
-        try:
+        with writing(file) as temporary:
             save_file(self.start, temporary)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load_start(self, file: Path) -> None:
         self.start = load_file(file)
