@@ -73,7 +73,7 @@ def prepare(
         )
     print(made)
     if contrasts or like is not None or any(text.partition("=")[0].strip() == "contrasts" for text in overrides):
-        note_absent_contrasts(made.contrasts, dict(zip(made.contrasts, made.present.sum(axis=0).tolist(), strict=True)))
+        note_absent_contrasts(made.contrasts, made.contrast_counts)
     _report(made, store, keep_ids)
 
 

@@ -48,7 +48,7 @@ def describe_data(store: Store) -> dict[str, Any]:
         "data_hash": store.content_hash,
         "num_sessions": len(store),
         "num_subjects": int(store.sessions["subject"].nunique()),
-        "contrasts": dict(zip(store.contrasts, store.present.sum(axis=0).tolist(), strict=True)),
+        "contrasts": store.contrast_counts,
     }
 
 

@@ -214,7 +214,7 @@ def explain_stack(
         maps["gradient"], numbers["gradient"] = _gradient(inputs, encoded.embeddings, target, class_name, answer)
     if encoded.features is not None:
         maps["pca"], numbers["pca"] = _components(inputs, encoded.features)
-    present = tuple(c for c, is_present in zip(stack.contrasts, stack.present, strict=True) if is_present)
+    present = stack.present_contrasts
     return Explanation(
         maps={name: stack.native_image(values.astype(np.float32, copy=False)) for name, values in maps.items()},
         numbers=numbers,

@@ -295,7 +295,7 @@ class Predictor:
     def _restrict(self, ready: PredictorInput) -> PredictorInput:
         """Hide contrasts that the model does not read, and note those that it was never trained without."""
         stack = ready.stack
-        present = [name for name, is_present in zip(stack.contrasts, stack.present, strict=True) if is_present]
+        present = stack.present_contrasts
         hidden = tuple(name for name in present if name not in self.input_contrasts)
         if hidden and len(hidden) == len(present):
             raise ScanError(
@@ -332,7 +332,7 @@ class Predictor:
         answer = infer(
             self.model, stack, self.num_slices, options.augmentation(target), options.class_probabilities and several
         )
-        present = tuple(c for c, is_present in zip(stack.contrasts, stack.present, strict=True) if is_present)
+        present = stack.present_contrasts
         common: dict[str, Any] = {
             "task": self.task,
             "contrasts": present,

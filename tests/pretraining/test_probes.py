@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, r2_score
 
+from brainfound.data.store.reader import StoreReader
 from brainfound.errors import RecipeError, TrainingError
 from brainfound.pretraining.monitoring.probes import Probe, ProbeRecipe, ProbeScores, choose_probe_target
 
@@ -18,6 +19,7 @@ class TableStore:
     """A store's table without images."""
 
     contrasts = ("T1w", "T2w")
+    contrast_counts = StoreReader.contrast_counts
 
     def __init__(self, table: pd.DataFrame, num_slices: int = 4) -> None:
         self.sessions = table.assign(first_row=np.arange(len(table)) * num_slices, num_slices=num_slices)

@@ -72,6 +72,11 @@ class Stack:
         """Voxel size along slices, rows and columns in millimetres."""
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
+    @property
+    def present_contrasts(self) -> tuple[str, ...]:
+        """The names of the contrasts that were scanned."""
+        return tuple(name for name, is_present in zip(self.contrasts, self.present, strict=True) if is_present)
+
     def to_native(self, volume: Num[np.ndarray, "S H W"], order: int = 0) -> nib.Nifti1Image:
         """Bring a volume from the stack's grid to that of the session's reference scan; UsageError for another grid.
 

@@ -115,6 +115,11 @@ class StoreReader:
         """Which contrasts each session has."""
         return self.table.present
 
+    @property
+    def contrast_counts(self) -> dict[str, int]:
+        """The number of sessions that have each contrast."""
+        return dict(zip(self.contrasts, self.present.sum(axis=0).tolist(), strict=True))
+
     @cached_property
     def slice_sessions(self) -> Int[np.ndarray, "slices"]:
         """The session index of each slice row."""

@@ -78,8 +78,7 @@ def require_probe_target(store: Store, target: ProbeTarget) -> None:
         return
     remedy = f"Set probe.target=auto, which takes {choose_probe_target(store)} in this store"
     if target == "contrast":
-        counts = zip(store.contrasts, store.present.sum(axis=0).tolist(), strict=True)
-        _require_classes(target, {contrast: count for contrast, count in counts if count}, remedy)
+        _require_classes(target, {name: count for name, count in store.contrast_counts.items() if count}, remedy)
         return
     if target not in store.sessions:
         raise RecipeError("the store has no such column", where="probe.target", got=target, remedy=remedy)
