@@ -28,11 +28,12 @@ from brainfound.data.store import Store
 from brainfound.data.store.store import restrict_contrasts
 from brainfound.errors import BrainFoundError, UsageError
 from brainfound.experiments.folder import SUMMARY_FILE, Kind
-from brainfound.experiments.partial_input import complete_sessions, score_missing_contrasts
 from brainfound.experiments.results import (
     EXPERIMENT_SPLIT_FILE,
     ExperimentSpec,
+    complete_sessions,
     make_score_row,
+    score_missing_contrasts,
     write_cases_and_page,
     write_results,
 )
@@ -160,7 +161,7 @@ def finetune_subsets(
 
     The subsets are of the recipe's ``contrasts``, or of the store's. The model of all contrasts is also scored with the
     others withheld. All are scored on the test sessions that have every contrast; ``partial_input.tsv`` holds these
-    scores, see `brainfound.experiments.partial_input`. Returns and raises as `finetune_folds`: a run is scored on its
+    scores, see `brainfound.experiments.results`. Returns and raises as `finetune_folds`: a run is scored on its
     own test sessions, and ``contrasts`` names those that it read.
     """
     overrides = options["overrides"] = tuple(options.get("overrides", ()))
