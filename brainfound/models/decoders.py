@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
-from brainfound.data.batches import to_unit_range
 from brainfound.models.backbones import get_patch_size
+from brainfound.models.stem import normalise
 
 
 class Decoder(nn.Module, ABC):
@@ -201,8 +201,7 @@ class UnetrDecoder(Decoder):
         self, pixels: Tensor, presence: Tensor | None
     ) -> Float[Tensor, "slices contrasts height width"]:
         """Normalised pixels, zero in absent contrasts."""
-        mean, std = (_per_contrast(value, pixels) for value in (self.image_mean, self.image_std))
-        image = (to_unit_range(pixels) - mean) / std
+        image = normalise(pixels, self.image_mean, self.image_std)
         if presence is not None:
             # Filled, not multiplied: 0 × NaN is NaN.
             image = image.masked_fill(~presence[:, :, None, None], 0.0)
@@ -256,12 +255,6 @@ def _fusion_block(channels: int, width: int) -> nn.Sequential:
 def _convolution(width: int, channels: int | None = None) -> nn.Sequential:
     """A convolution from `channels` (by default `width`) to `width` channels, with norm and GELU."""
     return nn.Sequential(nn.Conv2d(channels or width, width, kernel_size=3, padding=1), _norm(width), nn.GELU())
-
-
-def _per_contrast(value: float | Sequence[float], like: Tensor) -> float | Tensor:
-    if isinstance(value, (int, float)):
-        return value
-    return torch.tensor(list(value), dtype=torch.float32, device=like.device)[:, None, None]
 
 
 def _norm(width: int) -> nn.GroupNorm:

@@ -14,13 +14,19 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from brainfound.data.batches import to_unit_range
 from brainfound.errors import ModelError
 from brainfound.models.backbones import FAMILIES, get_patch_size, mark_as_loaded
 from brainfound.models.block_runner import BlockRunner, SavedActivations
 from brainfound.models.configuration import BrainFoundConfig
 from brainfound.models.kernels import PACKED, Kernel
-from brainfound.models.stem import NUM_NEIGHBOUR_SLICES, STEMS, PresentImages, pack_contrast_number, pack_planes
+from brainfound.models.stem import (
+    NUM_NEIGHBOUR_SLICES,
+    STEMS,
+    PresentImages,
+    normalise,
+    pack_contrast_number,
+    pack_planes,
+)
 
 Slices = Float[Tensor, "slices contrasts height width"] | UInt8[Tensor, "slices contrasts height width"]
 
@@ -230,18 +236,8 @@ class SliceEncoder(nn.Module):
                 remedy="Crop or pad the slices",
             )
 
-    def _normalise(self, pixel_values: Tensor, contrasts: Tensor | None = None) -> Slices:
-        """(Pixels − mean) / std; `contrasts` holds the contrast index of each image if images have a single one."""
-        pixel_values = to_unit_range(pixel_values)
-        mean, std = (_per_contrast(value, pixel_values, contrasts) for value in (self.image_mean, self.image_std))
-        return (pixel_values - mean) / std
-
-
-def _per_contrast(value: float | list[float], like: Tensor, contrasts: Tensor | None) -> float | Tensor:
-    if isinstance(value, (int, float)):
-        return value
-    values = like.new_tensor(value)
-    return (values if contrasts is None else values[contrasts][:, None])[..., None, None]
+    def _normalise(self, pixel_values: Tensor, contrasts: Tensor | None = None) -> Tensor:
+        return normalise(pixel_values, self.image_mean, self.image_std, contrasts)
 
 
 class ValidSlices:

@@ -15,6 +15,7 @@ Axis legend: N slices, C contrasts, M input images of the ViT, H W pixels, P pat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,10 +24,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
+from brainfound.data.batches import to_unit_range
 from brainfound.models.backbones import get_image_size, get_patch_size
 
 NUM_NEIGHBOUR_SLICES = 3
 """Planes of the stem "slices": the slice below, the slice, the slice above."""
+
+
+def normalise(
+    pixels: Tensor, mean: float | Sequence[float], std: float | Sequence[float], contrasts: Tensor | None = None
+) -> Float[Tensor, "... height width"]:
+    """(Pixels − mean) / std, with one value or one per contrast; pixels are uint8 or 0–1, (…, C, H, W).
+
+    `contrasts` holds the contrast index of each image if images have a single one, (M, 1, H, W).
+    """
+    pixels = to_unit_range(pixels)
+
+    def per_contrast(value: float | Sequence[float]) -> float | Tensor:
+        if isinstance(value, (int, float)):
+            return value
+        values = pixels.new_tensor(list(value))
+        return (values if contrasts is None else values[contrasts][:, None])[..., None, None]
+
+    return (pixels - per_contrast(mean)) / per_contrast(std)
 
 
 def pack_planes(
