@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from brainfound.errors import TrainingError
-from brainfound.pretraining.monitoring.collapse_metrics import (
+from brainfound.pretraining.monitoring.guard import (
+    Guard,
+    GuardRecipe,
     effective_rank,
     feature_health_metrics,
     mean_cosine,
+    read_retention_scores,
     view_margin,
 )
-from brainfound.pretraining.monitoring.guard import Guard, GuardRecipe, read_retention_scores
 from brainfound.pretraining.objectives.losses import cross_entropy
 from brainfound.training.task import RollbackRequested
 

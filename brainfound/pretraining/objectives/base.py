@@ -31,7 +31,7 @@ from brainfound.data.augmentation import ViewsRecipe
 from brainfound.models.block_runner import kept_packing
 from brainfound.models.encoder import SliceEncoder
 from brainfound.models.kernels import Packing
-from brainfound.pretraining.monitoring.collapse_metrics import feature_health_metrics
+from brainfound.pretraining.monitoring.guard import feature_health_metrics
 from brainfound.pretraining.objectives import losses
 from brainfound.pretraining.slices import PretrainBatch
 from brainfound.pretraining.starting_model import merge_adapters, merged_state_dict

@@ -27,7 +27,7 @@ from brainfound.data.augmentation import MultiCrop, Views, ViewsRecipe
 from brainfound.data.augmentation.transforms import to_device
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
-from brainfound.pretraining.monitoring.collapse_metrics import feature_health_metrics
+from brainfound.pretraining.monitoring.guard import feature_health_metrics
 from brainfound.pretraining.objectives import ema, losses
 from brainfound.pretraining.objectives.base import (
     AnchoredObjective,
@@ -348,7 +348,7 @@ class SelfDistillation(AnchoredObjective):
 
     @torch.no_grad()
     def health_metrics(self) -> dict[str, float]:
-        """Collapse metrics of the teacher (`monitoring.collapse_metrics`)."""
+        """Collapse metrics of the teacher (`monitoring.guard`)."""
         if self._last is None:
             return {}
         targets, metrics = self._last
