@@ -13,18 +13,6 @@ from brainfound.adapters.bundle_reader import AdapterSet, Bundle, load_adapters,
 from brainfound.adapters.low_rank import is_merged, merge, unmerge
 
 __all__ = [
-    "ROLES",
-    "AdapterRecipe",
-    "AdapterSet",
-    "Bundle",
-    "ParameterCount",
-    "attach_adapter",
-    "count_parameters",
-    "is_merged",
-    "load_adapters",
-    "load_bundle",
-    "merge",
-    "resolve_targets",
-    "save_bundle",
-    "unmerge",
-]
+    "ROLES", "AdapterRecipe", "AdapterSet", "Bundle", "ParameterCount", "attach_adapter", "count_parameters",
+    "is_merged", "load_adapters", "load_bundle", "merge", "resolve_targets", "save_bundle", "unmerge",
+]  # fmt: skip

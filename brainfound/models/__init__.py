@@ -21,15 +21,7 @@ AutoModelForImageClassification.register(BrainFoundConfig, BrainFoundForClassifi
 AutoModelForSemanticSegmentation.register(BrainFoundConfig, BrainFoundForSegmentation, exist_ok=True)
 
 __all__ = [
-    "BrainFoundClassifierOutput",
-    "BrainFoundConfig",
-    "BrainFoundForClassification",
-    "BrainFoundForRegression",
-    "BrainFoundForSegmentation",
-    "BrainFoundModel",
-    "BrainFoundModelOutput",
-    "BrainFoundRegressionOutput",
-    "BrainFoundSegmentationOutput",
-    "SliceEncoder",
-    "SliceEncoding",
-]
+    "BrainFoundClassifierOutput", "BrainFoundConfig", "BrainFoundForClassification", "BrainFoundForRegression",
+    "BrainFoundForSegmentation", "BrainFoundModel", "BrainFoundModelOutput", "BrainFoundRegressionOutput",
+    "BrainFoundSegmentationOutput", "SliceEncoder", "SliceEncoding",
+]  # fmt: skip

@@ -28,12 +28,11 @@ from brainfound.data.store import Store
 from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
 from brainfound.files import PARTIAL_PREFIX, write_atomically
 from brainfound.recipes import AnyRecipe, Recipe, validate
-from brainfound.report.curves import RunFolder, plot_curves
+from brainfound.report.curves import RECIPE_FILE, RunFolder, plot_curves
 from brainfound.training import distributed
 from brainfound.training.checkpoint import checkpoint_path, latest_valid_checkpoint, list_checkpoints, nearest_existing
 from brainfound.training.process import describe_device, make_accelerator, make_console, probe_precision
 
-RECIPE_FILE = "recipe.yaml"
 FACTS_FILE = "run.json"
 EXPORT_FOLDER = "export"
 EMBEDDINGS_FOLDER = "embeddings"
