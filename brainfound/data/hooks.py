@@ -30,6 +30,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from brainfound.contrasts import parse_contrasts
 from brainfound.data.reading.archives import is_file, open_binary
+from brainfound.data.reading.image_names import stem
 from brainfound.data.reading.scan import load_scan
 from brainfound.errors import ScanError, UsageError, did_you_mean
 from brainfound.recipes import Recipe, validate
@@ -304,8 +305,7 @@ def run_hook(scan_path: Path, hook: Hook, folder: Path, reference: Path | None =
         if name in files:
             files[name].unlink(missing_ok=True)
     (folder / "result").mkdir()
-    stem = re.sub(r"\.(nii|mgz|mgh|img|hdr)(\.gz)?$", "", scan_path.name, flags=re.IGNORECASE)
-    return output.rename(folder / "result" / f"{stem}.nii.gz")
+    return output.rename(folder / "result" / f"{stem(scan_path)}.nii.gz")
 
 
 def anonymised_copy(source: Path, target: Path) -> Path:
