@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +21,15 @@ _FAULTS = {
     "LocalEntryNotFoundError": "nothing in the cache",
 }
 """Class of an error → the fault; subclasses before their bases."""
+_DISK_FAULTS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE),
+}
+"""Numbers of errors of this machine's disk; those of the network are others."""
 _lock = threading.RLock()
+_num_readers = 0
+"""Readers that hold the Hub's client offline, in all threads."""
+_flags_before = (False, False)
 _last_answer: tuple[str, float, bool] = ("", 0.0, False)
 
 
@@ -32,17 +42,21 @@ def cache_if_hub_is_away() -> Iterator[None]:
     import datasets.config
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE or not _is_away():
-        yield
-        return
+    global _num_readers, _flags_before
     with _lock:
-        before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        # The first reader sets the flags, and the last one restores them.
+        is_away = _num_readers > 0 or (not constants.HF_HUB_OFFLINE and _is_away())
+        if is_away and not _num_readers:
+            _flags_before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        _num_readers += is_away
     try:
         yield
     finally:
         with _lock:
-            constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+            _num_readers -= is_away
+            if is_away and not _num_readers:
+                constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = _flags_before
 
 
 def _is_away() -> bool:
@@ -63,15 +77,30 @@ def _is_away() -> bool:
         return _last_answer[2]
 
 
-def describe_hub_error(error: BaseException) -> str:
-    """The fault behind an error of a Hub call, with the errors that caused it, in a few words."""
+def hub_errors() -> tuple[type[Exception], ...]:
+    """The errors that calls of the Hub raise: its own, those of the network and the disk, and refused arguments."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError
+
+    return (HTTPError, EntryNotFoundError, DatasetsError, OSError, ValueError, RuntimeError)
+
+
+def describe_hub_error(error: BaseException, remedy: str) -> tuple[str, str]:
+    """The fault behind an error of a Hub call, with the errors that caused it, in a few words; and its remedy.
+
+    ``remedy`` is that of faults of the Hub or the network; a fault of this machine's disk has its own.
+    """
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
+    for link in chain:
+        if isinstance(link, OSError) and link.errno in _DISK_FAULTS:
+            disk_remedy = "Set HF_HOME to a folder that you may write, on a disk with free space"
+            return os.strerror(link.errno), disk_remedy
     endpoint, _, away = _last_answer
     names = {kind.__name__ for link in chain for kind in type(link).__mro__}
     fault = next((text for name, text in _FAULTS.items() if name in names), type(error).__name__)
     is_missing = fault in (_FAULTS["OfflineModeIsEnabled"], _FAULTS["LocalEntryNotFoundError"])
-    return f"no answer from {endpoint}, nothing in the cache" if away and is_missing else fault
+    return (f"no answer from {endpoint}, nothing in the cache" if away and is_missing else fault), remedy

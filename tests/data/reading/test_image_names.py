@@ -42,4 +42,3 @@ def test_a_folder_with_the_name_of_an_image_is_a_cohort(tmp_path):
 
 def test_copying_artefacts_hold_no_voxels():
     assert not holds_voxels(Path("._k3.nii.gz"))
-
