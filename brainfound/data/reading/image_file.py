@@ -166,6 +166,32 @@ def read_voxels(header: ImageHeader) -> tuple[Float[np.ndarray, "I J K"], float,
     return out.reshape(header.shape_3d, order="F"), float(lows.min()), float(highs.max())
 
 
+def copy_without_texts(path: Path, out: BinaryIO) -> None:
+    """Copy a NIfTI file (``.nii``) without the texts that may name a person.
+
+    Left out are the texts of the header, its extensions, and bytes after the voxels. ScanError as `read_voxels`.
+    """
+    header = read_image_header(path)
+    start = bytearray(header.offset)
+    with _opened(header.data_path) as stream:
+        _fill(stream, memoryview(start), path)
+        kind: Any = Nifti2Header if Nifti2Header.may_contain_header(bytes(start)) else Nifti1Header
+        template = kind.template_dtype
+        blank = kind(bytes(start[: template.itemsize]), check=False)
+        for name in template.names:
+            if template[name].kind == "S" and name not in ("magic", "regular"):
+                blank.structarr[name] = b""
+        out.write(blank.binaryblock + bytes(header.offset - template.itemsize))
+        left = math.prod(header.shape) * header.dtype.itemsize
+        while left:
+            chunk = stream.read(min(left, CHUNK_VOXELS))
+            if not chunk:
+                raise unreadable_error(path, "the file ends within its voxels")
+            out.write(chunk)
+            left -= len(chunk)
+        _check_end(stream, header)
+
+
 def _allocate(header: ImageHeader) -> np.ndarray:
     num_voxels = int(np.prod(header.shape_3d))
     try:
