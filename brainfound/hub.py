@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _REMEMBER_S = 60.0
@@ -27,10 +27,33 @@ _DISK_FAULTS = {
 }
 """Numbers of errors of this machine's disk; those of the network are others."""
 _lock = threading.RLock()
-_num_readers = 0
-"""Readers that hold the Hub's client offline, in all threads."""
-_flags_before = (False, False)
 _last_answer: tuple[str, float, bool] = ("", 0.0, False)
+
+
+class SharedChange:
+    """A change of settings of the process, held by any number of threads: the first makes it, the last undoes it.
+
+    ``change`` makes the change, and returns the function that undoes it.
+    """
+
+    def __init__(self, change: Callable[[], Callable[[], None]]) -> None:
+        self._change, self._lock, self._num_holders = change, threading.RLock(), 0
+
+    @contextmanager
+    def hold(self, is_needed: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Hold the change if another thread does, or if it is needed."""
+        with self._lock:
+            holds = self._num_holders > 0 or is_needed()
+            if holds and not self._num_holders:
+                self._undo = self._change()
+            self._num_holders += holds
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_holders -= holds
+                if holds and not self._num_holders:
+                    self._undo()
 
 
 @contextmanager
@@ -39,24 +62,26 @@ def cache_if_hub_is_away() -> Iterator[None]:
 
     The request waits for ``HF_HUB_ETAG_TIMEOUT`` seconds (10 by default), and its outcome counts for a minute.
     """
+    from huggingface_hub import constants
+
+    with _offline.hold(lambda: not constants.HF_HUB_OFFLINE and _is_away()):
+        yield
+
+
+def _go_offline() -> Callable[[], None]:
     import datasets.config
     from huggingface_hub import constants
 
-    global _num_readers, _flags_before
-    with _lock:
-        # The first reader sets the flags, and the last one restores them.
-        is_away = _num_readers > 0 or (not constants.HF_HUB_OFFLINE and _is_away())
-        if is_away and not _num_readers:
-            _flags_before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        _num_readers += is_away
-    try:
-        yield
-    finally:
-        with _lock:
-            _num_readers -= is_away
-            if is_away and not _num_readers:
-                constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = _flags_before
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+    def undo() -> None:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+    return undo
+
+
+_offline = SharedChange(_go_offline)
 
 
 def _is_away() -> bool:

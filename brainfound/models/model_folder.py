@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from brainfound.errors import ModelError, closest_folder
-from brainfound.hub import cache_if_hub_is_away, describe_hub_error, hub_errors
+from brainfound.hub import SharedChange, cache_if_hub_is_away, describe_hub_error, hub_errors
 
 LOAD_FAILURES: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
 """Errors that transformers or the file system raises for an unreadable source."""
@@ -146,15 +146,22 @@ def list_keys(keys: Iterable[str]) -> str:
     return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
-@contextmanager
-def silence_transformers() -> Iterator[None]:
-    """Silence progress bars and load reports of transformers, which would alarm users who want a new head."""
+def _silence() -> Callable[[], None]:
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
+
+    return undo
+
+
+_silent = SharedChange(_silence)
+
+
+def silence_transformers() -> AbstractContextManager[None]:
+    """Silence progress bars and load reports of transformers, which would alarm users who want a new head."""
+    return _silent.hold()

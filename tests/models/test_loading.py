@@ -13,6 +13,7 @@ import time
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -37,7 +38,7 @@ from brainfound.models import (
 from brainfound.models.aggregators import AGGREGATORS
 from brainfound.models.decoders import DECODERS
 from brainfound.models.loading import is_brainfound, load_initial_model, read_history
-from brainfound.models.model_folder import require_finite
+from brainfound.models.model_folder import require_finite, silence_transformers
 
 HEADS = (BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation)
 
@@ -525,6 +526,24 @@ def test_two_readers_without_the_hub_leave_it_as_it_was(monkeypatch):
             reader.join()
         assert huggingface_hub.constants.HF_HUB_OFFLINE is False
     assert seen == [True] * 4
+
+
+def test_two_models_that_are_loaded_at_once_leave_the_messages_as_they_were(monkeypatch):
+    logging = transformers.utils.logging
+    before = logging.get_verbosity()
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    logging.set_verbosity_warning()
+    try:
+        with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+            first.enter_context(silence_transformers())
+            second.enter_context(silence_transformers())
+            first.close()
+            assert logging.get_verbosity() == logging.ERROR
+            second.close()
+            assert logging.get_verbosity() == logging.WARNING
+            assert logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(before)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
