@@ -158,7 +158,7 @@ class FileName:
     label_column: str | None
     """The cohort column of a label map (``mask``, ``brain_mask``, ``gm_mask``, ``dseg``, …); None for a scan."""
     is_silent: bool
-    """Whether the name says nothing of the contrast: neither one, nor doubt, nor that it is no scan."""
+    """Whether the name suggests nothing about the contrast: neither one, nor doubt, nor that it is no scan."""
     identifier: str
     """The name without contrast, processing words and repeat numbers."""
     order: tuple
