@@ -112,6 +112,8 @@ def load(recipe: type[AnyRecipe], name_or_path: str | Path, room: Room, override
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"not valid YAML: {error}", where=path, remedy="Mend the file") from error
+    except OSError as error:
+        raise RecipeError(f"cannot be read: {error.strerror}", where=path, remedy="Give a file") from error
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise RecipeError("a recipe must be a mapping", where=path, got=type(content).__name__)
@@ -150,8 +152,9 @@ def load_json(recipe: type[AnyRecipe], path: Path) -> AnyRecipe | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ModelError(f"not valid JSON: {error}", where=path, remedy="Export the model again") from None
+    except (OSError, ValueError) as error:
+        what = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else f"not valid JSON: {error}"
+        raise ModelError(what, where=path, remedy="Export the model again") from None
     return validate(recipe, content, where=str(path))
 
 

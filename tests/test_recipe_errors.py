@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 
-from brainfound.errors import RecipeError, ScanError, closest_name
+from brainfound.errors import ModelError, RecipeError, ScanError, closest_name
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.pretraining.recipe import PretrainRecipe
-from brainfound.recipes import find, load, validate
+from brainfound.recipes import find, load, load_json, validate
 
 
 def message(content: dict, *overrides: str) -> str:
@@ -30,6 +30,18 @@ def message(content: dict, *overrides: str) -> str:
         ("engine={stps: 2}", "--set engine.stps: unknown key. Did you mean engine.steps?"),
         ("engine.steps=many", "--set engine.steps: Input should be a valid integer"),
         ("views.local_scale=[0.5, 0.1]", "--set views.local_scale: local_scale must be two increasing"),
+        (
+            "views.global_scale=[2, 4]",
+            "--set views.global_scale: global_scale is a fraction of the slice, at most 1, got",
+        ),
+        (
+            "views.local_scale=[0.1, 1.5]",
+            "--set views.local_scale: local_scale is a fraction of the slice, at most 1, got",
+        ),
+        (
+            "views.intensity.blur_sigma_pixels=[0.5, 3]",
+            "--set views.intensity.blur_sigma_pixels: blur_sigma_pixels must be at most 1.5, got 3",
+        ),
         ("objective.kind=hybird", "--set objective.kind: unknown kind 'hybird'. Did you mean hybrid?"),
     ],
 )
@@ -106,3 +118,17 @@ def test_an_error_from_a_worker_process_keeps_its_parts():
     assert (str(again), again.reason, vars(again)) == (str(error), error.reason, vars(error))
     assert str(again) == "a.nii: not a scan (got 3, expected 4). Repair it"
     assert again.reason == "not a scan (got 3, expected 4). Repair it"
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "mine.json").mkdir()
+    with pytest.raises(ModelError, match=r"mine\.json: cannot be read: Is a directory"):
+        load_json(PretrainRecipe, tmp_path / "mine.json")
+
+    def locked(*arguments: object, **options: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "mine.yaml").write_text("seed: 3")
+    monkeypatch.setattr("pathlib.Path.read_text", locked)
+    with pytest.raises(RecipeError, match=r"mine\.yaml: cannot be read: Permission denied"):
+        load(PretrainRecipe, tmp_path / "mine.yaml", "train")

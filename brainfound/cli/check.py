@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from brainfound.cli.predict import IMAGES
+from brainfound.cli.predict import is_cohort
 from brainfound.cli.terminal import (
     AsJson,
     Hooks,
@@ -110,14 +110,16 @@ def _load_contract(model: str | None, contrasts: str | None) -> tuple[Preprocess
 
 def _sessions(source: list[str], preprocessing: Preprocessing) -> tuple[list[Session], bool]:
     """The sessions, and whether they were given as individual files."""
-    from brainfound.data.checking.check import session_from_files
     from brainfound.data.cohort import Cohort
+    from brainfound.data.given_scans import parse_inputs, session_from_scans
 
-    first = source[0]
-    is_image = first.lower().endswith(IMAGES) and not Path(first).is_dir()
-    if len(source) == 1 and not is_image and ("=" not in first or Path(first).exists()):
-        return list(Cohort.read(first).sessions()), False
-    return [session_from_files(source, preprocessing.contrasts)], True
+    paths, contrast_paths = parse_inputs(source)
+    if is_cohort(paths, contrast_paths):
+        return list(Cohort.read(paths[0]).sessions()), False
+    session, notes = session_from_scans(paths, contrast_paths, preprocessing.contrasts, allow_others=True)
+    for note in notes:
+        print_note(note)
+    return [session], True
 
 
 @dataclass

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 Strict = Annotated[
     bool, typer.Option("--strict", help="Do not answer for a session that is unfit for the model (✗), but refuse it.")
 ]
-IMAGES = (".nii", ".nii.gz", ".mgz", ".mgh", ".img", ".hdr")
 
 Inputs = Annotated[
     list[str], typer.Argument(help="The scans of one session (FILE or CONTRAST=FILE), or one BIDS folder or manifest.")
@@ -81,7 +80,7 @@ def _predict_inputs(
     predictor: Predictor, inputs: list[str], out: Path, probabilities: bool, overwrite: bool, quiet: bool
 ) -> None:
     """Predict one session or a cohort; write and print the answers."""
-    from brainfound.inference.scans import parse_inputs
+    from brainfound.data.given_scans import parse_inputs
 
     _note_missing_contract(predictor)
     paths, contrast_paths = parse_inputs(inputs)
@@ -105,8 +104,8 @@ def _predict_inputs(
 
 def _require_new(inputs: list[str], out: Path, ending: str, overwrite: bool) -> None:
     """Refuse files that do not exist, and to replace those of one session, before the model is loaded."""
+    from brainfound.data.given_scans import parse_inputs
     from brainfound.data.reading.archives import require_given
-    from brainfound.inference.scans import parse_inputs
 
     paths, contrast_paths = parse_inputs(inputs)
     if is_cohort(paths, contrast_paths):
@@ -123,7 +122,9 @@ def _require_new(inputs: list[str], out: Path, ending: str, overwrite: bool) -> 
 
 def is_cohort(paths: list[Path], contrast_paths: dict[str, Path]) -> bool:
     """Whether the inputs are one folder or manifest rather than scans."""
-    return not contrast_paths and len(paths) == 1 and not paths[0].name.endswith(IMAGES)
+    from brainfound.data.reading.image_names import is_image
+
+    return not contrast_paths and len(paths) == 1 and (paths[0].is_dir() or not is_image(paths[0]))
 
 
 def _note_missing_contract(predictor: Predictor) -> None:
@@ -231,9 +232,9 @@ def explain(
     Explanations are not evidence: they do not show that an answer is right. Exit codes are those of predict.
     """
     _require_new(inputs, out, "_explanation.json", overwrite)
+    from brainfound.data.given_scans import parse_inputs
     from brainfound.inference.explanation import choose_methods
     from brainfound.inference.loading import load
-    from brainfound.inference.scans import parse_inputs
 
     predictor = load(model, device, hook or ()).as_strict(strict)
     _note_missing_contract(predictor)

@@ -8,7 +8,6 @@ process that runs the hook dies.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import re
@@ -21,15 +20,18 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal, cast
 
 import nibabel as nib
 import yaml
+from isal import igzip
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from brainfound.contrasts import parse_contrasts
-from brainfound.data.reading.archives import is_file, open_binary
+from brainfound.data.reading.archives import is_file
+from brainfound.data.reading.image_file import copy_without_texts
+from brainfound.data.reading.image_names import stem
 from brainfound.data.reading.scan import load_scan
 from brainfound.errors import ScanError, UsageError, did_you_mean
 from brainfound.recipes import Recipe, validate
@@ -193,7 +195,7 @@ def load_hooks(names_or_files: Iterable[str | Path | Hook]) -> tuple[Hook, ...]:
         what, remedy = "registrations come after the other hooks", "Change the order"
         raise UsageError(what, where="hook", got=", ".join(names), remedy=remedy)
     for hook in hooks:
-        if shutil.which(hook.executable, path=_search_path()) is None:
+        if shutil.which(hook.executable, path=_environment(hook)["PATH"]) is None:
             what = f"the tool of the hook {hook.name} is not installed"
             expected = f"{Path(hook.executable).name} on the PATH"
             remedy = "Install it, or load its module, and try again"
@@ -203,9 +205,10 @@ def load_hooks(names_or_files: Iterable[str | Path | Hook]) -> tuple[Hook, ...]:
     return hooks
 
 
-def _search_path() -> str:
-    """The PATH, and behind it the programs of this Python, whose environment need not be activated."""
-    return os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
+def _environment(hook: Hook) -> dict[str, str]:
+    """The variables of a hook's tool. Behind the PATH are the programs of this Python, which need not be activated."""
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
+    return {**os.environ, "PATH": path, **hook.environment}
 
 
 def _load_hook(item: str) -> Hook:
@@ -222,6 +225,8 @@ def _load_hook(item: str) -> Hook:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError("no such hook file", where=file.name, remedy="Check the path") from None
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=file.name, remedy="Give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"not valid YAML: {error}", where=file.name, remedy="Mend the file") from None
     if not isinstance(content, Mapping):
@@ -251,9 +256,10 @@ def describe_hooks(hooks: Iterable[Hook]) -> list[dict[str, Any]]:
 def _version(hook: Hook) -> str | None:
     if hook.version_command is None:
         return None
-    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    options |= {"env": _environment(hook), "timeout": _VERSION_TIMEOUT_S, "check": False}
     try:
-        done = subprocess.run(shlex.split(hook.version_command), timeout=_VERSION_TIMEOUT_S, check=False, **streams)
+        done = subprocess.run(shlex.split(hook.version_command), **options)
     except (OSError, subprocess.TimeoutExpired):
         return None
     lines = done.stdout.decode(errors="replace").split("\n")
@@ -304,21 +310,16 @@ def run_hook(scan_path: Path, hook: Hook, folder: Path, reference: Path | None =
         if name in files:
             files[name].unlink(missing_ok=True)
     (folder / "result").mkdir()
-    stem = re.sub(r"\.(nii|mgz|mgh|img|hdr)(\.gz)?$", "", scan_path.name, flags=re.IGNORECASE)
-    return output.rename(folder / "result" / f"{stem}.nii.gz")
+    return output.rename(folder / "result" / f"{stem(scan_path)}.nii.gz")
 
 
 def anonymised_copy(source: Path, target: Path) -> Path:
-    """Copy a scan to a ``.nii.gz`` with a neutral name; voxels and affine do not change."""
+    """Copy a scan to a ``.nii.gz`` with a neutral name, without texts; voxels and affine do not change."""
     if not is_file(source):
         raise ScanError("no such file", where=source.name, remedy="Check the path in the manifest or folder")
-    name = source.name.lower()
-    if name.endswith(".nii.gz"):
-        with open_binary(source) as stream, target.open("wb") as out:
-            shutil.copyfileobj(stream, out)
-    elif name.endswith(".nii"):
-        with open_binary(source) as stream, gzip.open(target, "wb", compresslevel=1) as packed:
-            shutil.copyfileobj(stream, packed)
+    if source.name.lower().endswith((".nii", ".nii.gz")):
+        with igzip.open(target, "wb", compresslevel=1) as packed:
+            copy_without_texts(source, cast(BinaryIO, packed))
     else:
         scan = load_scan(source)
         back = ornt_transform(io_orientation(scan.affine), io_orientation(scan.native_affine))
@@ -332,7 +333,7 @@ def _execute(hook: Hook, words: list[str], folder: Path, name: str) -> None:
     log, errors = folder / "stdout.txt", folder / "stderr.txt"
     # Isolated and without site packages: the guard starts fast, and ignores the tool's environment.
     command = [sys.executable, "-I", "-S", "-c", _GUARD, *words]
-    environment = {**os.environ, "PATH": _search_path(), **hook.environment}
+    environment = _environment(hook)
     with log.open("wb") as out, errors.open("wb") as err:
         streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": out, "stderr": err}
         try:

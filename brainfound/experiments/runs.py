@@ -78,7 +78,7 @@ def make_folds(
     both a file and new folds are given, or as `make_split`.
     """
     if file is not None:
-        if folds or shots or num_subjects or leave_site_out:
+        if folds is not None or shots or num_subjects or leave_site_out:
             remedy = "Leave out the file, or the folds to make"
             raise UsageError("a split file already has folds", where=file, remedy=remedy)
         return Split.load(file)

@@ -81,7 +81,7 @@ def make_split(
         UsageError: options that exclude each other, unknown columns, or too few subjects or sites.
     """
     options = {FOLDS: folds, SHOTS: shots, FEW_SUBJECTS: num_subjects, SITES: leave_site_out}
-    kinds = [kind for kind, requested in options.items() if requested]
+    kinds = [kind for kind, requested in options.items() if requested or (kind == FOLDS and folds is not None)]
     if len(kinds) > 1:
         raise UsageError(
             "folds, shots, numbers of subjects and leaving a site out exclude each other",
@@ -99,22 +99,22 @@ def make_split(
     chosen = list(stratify) if stratify is not None else [] if target is None else [target]
     columns = {name: stratification_labels(store, used, target_columns(store, name)) for name in chosen} or None
     groups, num_linked = split_file.get_split_groups(store)
-    sites = store.covariate(SITE).iloc[used].tolist() if leave_site_out else []
-    labels = _classes(store, target, used) if shots else sites
-    made = _divide(kind, options.get(kind), groups[used].tolist(), labels, shares, columns, seed)
+    sites = store.covariate(SITE).iloc[used].tolist() if kind == SITES else []
+    labels = _classes(store, target, used) if kind == SHOTS else sites
+    made = _divide(kind, options.get(kind), groups[used].tolist(), labels, shares, columns, seed, target)
     without = (
         {dividing.label_text(site) for site in sites} - {"missing"} - {name.removeprefix("site-") for name in made}
     )
     facts: dict[str, Any] = {
         "kind": kind,
-        "test": None if folds or leave_site_out else test,
+        "test": None if kind in (FOLDS, SITES) else test,
         "validation": validation,
         "target": target,
         "stratify": chosen,
         "num_linked_subjects": num_linked,
         **({"sites_without_fold": sorted(without)} if without else {}),
     }
-    counted = [name for name in dict.fromkeys([*chosen, target, SITE if leave_site_out else None]) if name]
+    counted = [name for name in dict.fromkeys([*chosen, target, SITE if kind == SITES else None]) if name]
     parts_of_folds = {name: {part: used[index] for part, index in fold.items()} for name, fold in made.items()}
     counted_columns = [column for name in counted for column in target_columns(store, name)]
     return Split.from_folds(store, parts_of_folds, seed=seed, made=facts, columns=counted_columns)
@@ -128,6 +128,7 @@ def _divide(
     shares: dict[str, float],
     columns: dict[str, list[Any]] | None,
     seed: int,
+    target: str | None,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Fold → part → positions in ``names``, the subjects of the sessions to divide.
 
@@ -138,7 +139,8 @@ def _divide(
         parts = dividing.k_folds(names, requested, seed, columns, validation)
         return {f"fold-{n}": fold for n, fold in enumerate(parts, start=1)}
     if kind in (SHOTS, FEW_SUBJECTS):
-        few = dividing.few_shot(names, requested, seed, labels if kind == SHOTS else None, shares, columns)
+        classes = {target: labels} if kind == SHOTS and target is not None else None
+        few = dividing.few_shot(names, requested, seed, classes, shares, columns)
         what = "shots" if kind == SHOTS else "subjects"
         return {f"{what}-{n or 'all'}": fold for n, fold in few.items()}
     if kind == SITES:

@@ -27,6 +27,7 @@ from brainfound.data.checking.rules import (
     worst_level,
 )
 from brainfound.data.cohort import Session
+from brainfound.data.given_scans import session_from_scans
 from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing.session import PreparedSession, prepare_session
 from brainfound.data.preprocessing.settings import Preprocessing
@@ -37,7 +38,6 @@ from brainfound.errors import RefusedInputError, ScanError, UsageError
 from brainfound.finetuning.tasks import AnswerCalibration, Segmentation, Task, VolumeTask
 from brainfound.inference.explanation import Explanation, choose_methods, explain_stack
 from brainfound.inference.prediction import Prediction, file_name_stem
-from brainfound.inference.scans import session_from_scans
 from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields
 from brainfound.models.stack_prediction import infer
 

@@ -27,11 +27,10 @@ from transformers import (
     PreTrainedModel,
     ViTModel,
 )
-from transformers.utils import cached_file
 
 from brainfound.errors import ModelError
-from brainfound.hub import cache_if_hub_is_away
 from brainfound.models.model_folder import (
+    find_file,
     reading_model,
     require_coverage,
     require_findable,
@@ -231,8 +230,7 @@ def _to_dinov2_name(name: str) -> str:
 
 def _find_preprocessor(source: str, hub_options: Mapping[str, Any]) -> Path | None:
     try:
-        with cache_if_hub_is_away():
-            found = cached_file(source, _PREPROCESSOR_FILE, _raise_exceptions_for_missing_entries=False, **hub_options)
+        return find_file(source, _PREPROCESSOR_FILE, **hub_options)
     except OSError:
         warnings.warn(
             f"{_PREPROCESSOR_FILE} of {source} cannot be fetched: its images are taken to have been normalised with"
@@ -240,7 +238,6 @@ def _find_preprocessor(source: str, hub_options: Mapping[str, Any]) -> Path | No
             stacklevel=4,
         )
         return None
-    return None if found is None else Path(found)
 
 
 def _channel_mean(value: float | list[float]) -> float:

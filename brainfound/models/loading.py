@@ -17,11 +17,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from brainfound.data.splits.training_history import HISTORY_FILE, TrainingHistory
 from brainfound.errors import ModelError, UsageError
-from brainfound.hub import cache_if_hub_is_away
 from brainfound.models.backbones import FAMILIES, get_patch_size
 from brainfound.models.configuration import BrainFoundConfig, config_fields
 from brainfound.models.model_folder import (
-    is_hub_id,
+    find_file,
     list_keys,
     reading_model,
     require_coverage,
@@ -73,17 +72,18 @@ def is_brainfound(source: str | Path) -> bool:
 
 
 def read_history(source: str | Path) -> TrainingHistory:
-    """The recorded training of an initial model, a folder or a Hub id; empty if nothing is recorded."""
-    folder = Path(source)
-    if is_hub_id(str(source)):
-        from huggingface_hub import hf_hub_download
+    """The recorded training of an initial model, a folder or a Hub id; empty if nothing is recorded.
 
-        try:
-            with cache_if_hub_is_away():
-                folder = Path(hf_hub_download(str(source), HISTORY_FILE)).parent
-        except OSError:  # no such file, or no answer
-            return TrainingHistory()
-    return TrainingHistory.load(folder)
+    Without an answer of the Hub and nothing in its cache it is empty too, with a warning for a BrainFound model.
+    """
+    try:
+        found = find_file(str(source), HISTORY_FILE)
+    except OSError:
+        if is_brainfound(source):
+            unknown = "whether it was trained on these subjects is not known"
+            warnings.warn(f"{HISTORY_FILE} of {source} cannot be fetched: {unknown}", stacklevel=2)
+        return TrainingHistory()
+    return TrainingHistory() if found is None else TrainingHistory.load(Path(found).parent)
 
 
 def read_patch_size(source: str | Path, contrasts: Sequence[str]) -> int | None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from brainfound.errors import BrainFoundError, ModelError, closest_folder
-from brainfound.hub import cache_if_hub_is_away, describe_hub_error
+from brainfound.errors import ModelError, closest_folder
+from brainfound.hub import SharedChange, cache_if_hub_is_away, describe_hub_error, hub_errors
 
-LOAD_FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
+LOAD_FAILURES: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
 """Errors that transformers or the file system raises for an unreadable source."""
 
 
@@ -47,28 +48,45 @@ def _suggest_folder(source: str) -> str | None:
 def reading_model(source: str) -> Iterator[None]:
     """Turn errors of reading a model into `unreadable_model_error`; without the Hub its cache is read at once."""
     is_local = Path(source).is_dir()
+    failures = LOAD_FAILURES if is_local else (*LOAD_FAILURES, *hub_errors())
     try:
         with nullcontext() if is_local else cache_if_hub_is_away():
             yield
-    except BrainFoundError:
-        raise
-    except Exception as error:
-        # The Hub's HTTP library has errors of its own.
-        if is_local and not isinstance(error, LOAD_FAILURES):
-            raise
+    except failures as error:
         raise unreadable_model_error(source, error) from error
+
+
+def find_file(source: str, name: str, **hub_options: Any) -> Path | None:
+    """A file of a folder or of a Hub id; None if there is no such file.
+
+    OSError: the Hub does not answer, and its cache does not know.
+    """
+    if not is_hub_id(source):
+        file = Path(source) / name
+        return file if file.is_file() else None
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    try:
+        with cache_if_hub_is_away():
+            return Path(hf_hub_download(source, name, **hub_options))
+    except RemoteEntryNotFoundError:
+        return None
+    except LocalEntryNotFoundError:
+        places = {key: hub_options[key] for key in ("cache_dir", "revision") if key in hub_options}
+        if try_to_load_from_cache(source, name, **places) is None:
+            raise
+        return None  # its absence is in the cache
 
 
 def unreadable_model_error(source: str, error: Exception) -> ModelError:
     """The error for a model that cannot be read, with the remedy that fits the files of `source`."""
     folder = Path(source)
     if not folder.is_dir():
-        return ModelError(
-            "neither a folder nor a model that can be fetched from the Hugging Face Hub",
-            where=source,
-            got=describe_hub_error(error),
-            remedy=_suggest_folder(source) or "Check the name and the connection, or give a local folder",
-        )
+        remedy = _suggest_folder(source) or "Check the name and the connection, or give a local folder"
+        got, remedy = describe_hub_error(error, remedy)
+        what = "neither a folder nor a model that can be fetched from the Hugging Face Hub"
+        return ModelError(what, where=source, got=got, remedy=remedy)
     has_config, export = (folder / "config.json").is_file(), folder / "export"
     if not has_config and (folder / "adapter_config.json").is_file():
         what = "this is an adapter without the model that it was trained on"
@@ -128,15 +146,22 @@ def list_keys(keys: Iterable[str]) -> str:
     return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
-@contextmanager
-def silence_transformers() -> Iterator[None]:
-    """Silence progress bars and load reports of transformers, which would alarm users who want a new head."""
+def _silence() -> Callable[[], None]:
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
+
+    return undo
+
+
+_silent = SharedChange(_silence)
+
+
+def silence_transformers() -> AbstractContextManager[None]:
+    """Silence progress bars and load reports of transformers, which would alarm users who want a new head."""
+    return _silent.hold()

@@ -17,12 +17,13 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
 from brainfound.data.preprocessing.grids import bounding_box
-from brainfound.errors import CohortError
+from brainfound.data.reading.image_names import holds_voxels
+from brainfound.data.reading.scan import load_scan
+from brainfound.errors import CohortError, ScanError
 from brainfound.phantom.anatomy import Ageing, MassEffect, subject_coordinates
 from brainfound.phantom.geometry import Grid, apply_to_planes, resampling_matrices
 from brainfound.phantom.physics import PARENCHYMA, TISSUE_INDEX, TISSUES
@@ -49,7 +50,6 @@ TISSUE_LABELS: dict[str, tuple[int, ...]] = {
 _BRAIN_CENTER_MM = (0.0, -21.0, 6.0)  # in head coordinates; the brain of a label map is moved there
 _COARSE_MM = 3.0
 _LARGEST_DILATION_MM = 5.0
-_SUFFIXES = (".nii.gz", ".nii", ".mgz")
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ def find_label_maps(folder: Path) -> list[Path]:
     if not folder.is_dir():
         remedy = "Give a folder of FreeSurfer-numbered label volumes with --label-maps, or leave the option out"
         raise CohortError("the label-map folder does not exist", where=folder, remedy=remedy)
-    paths = sorted(path for path in folder.iterdir() if path.name.endswith(_SUFFIXES))
+    paths = sorted(path for path in folder.iterdir() if holds_voxels(path))
     if not paths:
-        expected = f"files ending in {', '.join(_SUFFIXES)}"
+        expected = "NIfTI or MGH files"
         remedy = "Point --label-maps to the folder that holds the volumes themselves"
         raise CohortError("no label volume found", where=folder, expected=expected, remedy=remedy)
     return paths
@@ -83,15 +83,14 @@ def find_label_maps(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=4)
 def read_label_map(path: Path) -> LabelMap:
-    """Read a volume; a CohortError if it is not 3-D, has unknown codes, or lacks cortex or white matter."""
+    """Read a volume; a CohortError if it cannot be read, has unknown codes, or lacks cortex or white matter."""
     try:
-        image = nib.as_closest_canonical(nib.load(path))
-        labels = np.asarray(image.dataobj)
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError) as error:
-        raise CohortError(f"cannot be read ({error})", where=path, remedy="Replace or remove the file") from error
-    if labels.ndim != 3:
-        raise CohortError("not a 3-D label volume", where=path, got=f"shape {labels.shape}", remedy="Remove the file")
-    tissue = _fill_sulci_with_csf(_labels_to_tissue(labels, path))
+        image = load_scan(path, labels=True)
+    except ScanError as error:
+        what = f"the label volume cannot be used: {error.what}"
+        remedy = "Replace or remove the file"
+        raise CohortError(what, where=path, got=error.got, expected=error.expected, remedy=remedy) from error
+    tissue = _fill_sulci_with_csf(_labels_to_tissue(image.data, path))
     box = bounding_box(np.isin(tissue, [TISSUE_INDEX[name] for name in PARENCHYMA]))
     tissue = np.pad(tissue, 1)
     center = image.affine @ [*((extent.start + extent.stop - 1) / 2 for extent in box), 1.0]

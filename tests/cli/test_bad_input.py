@@ -347,7 +347,7 @@ def test_contrasts_that_no_session_has_are_noted(cli, source, tmp_path, how):
 def test_a_scan_whose_name_says_another_contrast_is_noted(cli, classifier, source, tmp_path):
     answer = cli("predict", classifier, f"T1={source / 's00_FLAIR.nii.gz'}", "--out", tmp_path)
     assert answer.code == 0
-    assert "s00_FLAIR.nii.gz was given as T1w, but its name says FLAIR" in answer.line
+    assert "s00_FLAIR.nii.gz was given as T1w, but the file name suggests FLAIR" in answer.line
     assert json.loads((tmp_path / "s00_FLAIR.json").read_text())["notes"] == [answer.line.removeprefix("brainfound: ")]
 
 

@@ -152,3 +152,15 @@ def test_no_more_cards_are_kept_than_the_picture_has_room_for(cli, make_cohort, 
     assert "of 7 sessions" in answer.out
     # The first two that want a look, and two evenly spread for the case that nothing does.
     assert kept == [[0, 1, 5]]
+
+
+def test_files_are_read_as_by_predict(cli, cohort, tmp_path):
+    silent = tmp_path / "scan.NII.GZ"
+    silent.write_bytes(next(cohort.glob("s01*FLAIR*")).read_bytes())
+    t1 = next(cohort.glob("s01*T1w*"))
+    answer = cli("check", f"T1w={t1}", silent, "--contrasts", "T1w,FLAIR")
+    assert answer.code in (0, 3)
+    assert "scan.NII.GZ was read as FLAIR: the file name does not state the contrast" in answer.err
+    answer = cli("check", f"T1w={t1}", f"flair={t1}", "--contrasts", "T1w,FLAIR")
+    assert answer.code == 2
+    assert "the same file is given as T1w and as FLAIR" in answer.line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import os
 import shutil
@@ -180,6 +181,40 @@ def test_every_format_reaches_the_tool_as_nifti_on_its_own_grid(tmp_path, suffix
     np.testing.assert_array_equal(copied.get_fdata(), original.get_fdata())
 
 
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".NII.GZ"])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_no_text_of_the_file_reaches_the_tool(tmp_path, suffix, kind, order):
+    values = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6)
+    image = kind(values, np.diag([2.0, 3, 4, 1]), header=kind.header_class(endianness=order))
+    image.header.set_slope_inter(0.5, 3)
+    texts = [
+        name for name in kind.header_class.template_dtype.names if kind.header_class.template_dtype[name].kind == "S"
+    ]
+    for name in set(texts) - {"magic", "regular"}:
+        image.header[name] = b"MUSTER ANNA"
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"MUSTER ANNA, born 1961"))
+    packed = gzip.compress if suffix.lower().endswith("gz") else bytes
+    scan = tmp_path / f"muster{suffix}"
+    scan.write_bytes(packed(image.to_bytes() + b"MUSTER ANNA"))
+    copy = anonymised_copy(scan, tmp_path / "input.nii.gz")
+    content = gzip.decompress(copy.read_bytes())
+    assert b"MUSTER" not in content
+    assert b"muster" not in copy.read_bytes()[:40], "the name of the file in the header of gzip"
+    original, copied = load_scan(scan), load_scan(copy)
+    np.testing.assert_array_equal(copied.data, original.data)
+    np.testing.assert_array_equal(copied.native_affine, original.native_affine)
+    assert nib.load(copy).get_data_dtype() == image.get_data_dtype()
+
+
+def test_a_truncated_scan_does_not_reach_the_tool(tmp_path):
+    scan = _scan(tmp_path / "t1.nii.gz")
+    whole = gzip.decompress(scan.read_bytes())
+    scan.write_bytes(gzip.compress(whole[: len(whole) // 2]))
+    with pytest.raises(ScanError, match=r"t1\.nii\.gz: cannot be read as an image: .*within its voxels"):
+        run_hook(scan, _hook(tmp_path, COPY), tmp_path / "work")
+
+
 def test_a_missing_scan_is_refused(tmp_path):
     with pytest.raises(ScanError, match=r"gone\.nii\.gz: no such file"):
         run_hook(tmp_path / "gone.nii.gz", _hook(tmp_path, COPY), tmp_path / "work")
@@ -297,6 +332,28 @@ def test_the_ready_hooks_run_the_documented_command_lines():
     assert words["hd-bet-cpu"] == ["hd-bet", "-i", "i", "-o", "o", "-device", "cpu", "--disable_tta"]
     assert words["flirt-rigid"][:7] == ["flirt", "-in", "i", "-ref", "r", "-out", "o"]
     assert BUILTIN_HOOKS["flirt-rigid"].step == "register"
+
+
+def test_the_version_is_that_of_the_tool_that_runs(tmp_path, monkeypatch):
+    for folder, version in (("own", "1"), ("modules", "2")):
+        program = tmp_path / folder / "own-strip"
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\necho own-strip {version} $OWN_MODE\n")
+        program.chmod(0o755)
+    hook = Hook(name="own", command="own-strip {input} {output}", version_command="own-strip --version")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "own" / "python"))
+    assert describe_hooks([hook])[0]["version"] == "own-strip 1"
+    path = os.pathsep.join([str(tmp_path / "modules"), os.defpath])
+    other = hook.model_copy(update={"environment": {"PATH": path, "OWN_MODE": "fast"}})
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert load_hooks([other]) == (other,)
+    assert describe_hooks([other])[0]["version"] == "own-strip 2 fast"
+
+
+def test_a_folder_in_place_of_a_hook_file_is_one_line(tmp_path):
+    (tmp_path / "strip.yaml").mkdir()
+    with pytest.raises(UsageError, match=r"strip\.yaml: cannot be read: Is a directory"):
+        load_hooks([tmp_path / "strip.yaml"])
 
 
 def test_programs_of_this_python_need_no_activated_environment(tmp_path, monkeypatch):

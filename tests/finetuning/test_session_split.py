@@ -84,6 +84,8 @@ def test_each_kind_of_split_is_one_that_training_takes(table_store, tmp_path, wi
 def test_wishes_that_cannot_be_met(table_store):
     for wishes, words in (
         ({"folds": 3, "shots": [1]}, "exclude each other"),
+        ({"folds": 0}, "at least two folds"),
+        ({"folds": 0, "shots": [1]}, "exclude each other"),
         ({"shots": [1]}, "--target"),
         ({"shots": [1], "target": "age_years"}, "numbers, not classes"),
         ({"test": 0.9, "validation": 0.1}, "leave some to train on"),

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from brainfound.data.given_scans import parse_inputs
 from brainfound.errors import ModelError, ScanError, UsageError
 from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.recipe import FinetuneRecipe
@@ -19,7 +20,6 @@ from brainfound.inference.evaluation import evaluate
 from brainfound.inference.loading import load
 from brainfound.inference.prediction import file_stem
 from brainfound.inference.predictor import Predictor
-from brainfound.inference.scans import parse_inputs
 from brainfound.models.stack_prediction import StackPrediction
 from brainfound.recipes import validate
 

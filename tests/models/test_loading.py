@@ -1,14 +1,19 @@
 """Saving and loading: every weight comes back, or the load is refused."""
 
+import contextlib
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -19,8 +24,10 @@ from transformers import (
     BeitModel,
 )
 
-from brainfound.data.splits.training_history import TrainingHistory
-from brainfound.errors import ModelError
+from brainfound.data.splits.training_history import HISTORY_FILE, TrainingHistory
+from brainfound.data.store import Store
+from brainfound.errors import BrainFoundError, ModelError
+from brainfound.hub import cache_if_hub_is_away
 from brainfound.models import (
     BrainFoundConfig,
     BrainFoundForClassification,
@@ -31,7 +38,7 @@ from brainfound.models import (
 from brainfound.models.aggregators import AGGREGATORS
 from brainfound.models.decoders import DECODERS
 from brainfound.models.loading import is_brainfound, load_initial_model, read_history
-from brainfound.models.model_folder import require_finite
+from brainfound.models.model_folder import require_finite, silence_transformers
 
 HEADS = (BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation)
 
@@ -469,14 +476,93 @@ def test_an_adapter_by_itself_is_said_to_be_one(tmp_path):
         BrainFoundForClassification.from_pretrained(tmp_path)
 
 
-def test_the_history_of_a_hub_model_is_read_or_unknown(tmp_path, monkeypatch):
-    TrainingHistory(complete=True).save(tmp_path)
+@pytest.mark.parametrize("is_known", [True, False])
+def test_the_history_of_a_hub_model_is_read_empty_or_unknown(tmp_path, monkeypatch, recwarn, is_known):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name, kind in (("ours", "brainfound"), ("new", "brainfound"), ("plain", "dinov2")):
+        repository = tmp_path / f"models--someone--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("c" * 40)
+        snapshot = repository / "snapshots" / ("c" * 40)
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text(json.dumps({"model_type": kind}))
+        if name == "ours":
+            TrainingHistory(complete=True).save(snapshot)
+        elif is_known:  # what the Hub's client leaves behind where a repository lacks a file
+            absent = repository / ".no_exist" / ("c" * 40)
+            absent.mkdir(parents=True)
+            (absent / HISTORY_FILE).touch()
+    assert read_history("someone/ours") == TrainingHistory(complete=True)
+    assert read_history("someone/plain") == TrainingHistory()  # a model of others has no history
+    assert not recwarn.list
+    assert read_history("someone/new") == TrainingHistory()
+    lines = [str(warning.message) for warning in recwarn.list]
+    why = "whether it was trained on these subjects is not known"
+    assert lines == ([] if is_known else [f"{HISTORY_FILE} of someone/new cannot be fetched: {why}"])
 
-    def download(source: str, file: str) -> str:
-        if source == "someone/plain":
-            raise huggingface_hub.errors.LocalEntryNotFoundError("no such file")
-        return str(tmp_path / file)
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert read_history("someone/ours") == read_history(tmp_path) == TrainingHistory(complete=True)
-    assert read_history("someone/plain") == TrainingHistory()
+def test_two_readers_without_the_hub_leave_it_as_it_was(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    together = threading.Barrier(2)
+    seen = []
+
+    def is_away() -> bool:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(timeout=0.2)  # where one reader does not wait for the other
+        return True
+
+    def read(seconds: float) -> None:
+        with cache_if_hub_is_away():
+            time.sleep(seconds)
+            seen.append(huggingface_hub.constants.HF_HUB_OFFLINE)
+
+    monkeypatch.setattr("brainfound.hub._is_away", is_away)
+    for waits in ((0.05, 0.6), (0.6, 0.05)):
+        together.reset()
+        readers = [threading.Thread(target=read, args=(seconds,)) for seconds in waits]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+    assert seen == [True] * 4
+
+
+def test_two_models_that_are_loaded_at_once_leave_the_messages_as_they_were(monkeypatch):
+    logging = transformers.utils.logging
+    before = logging.get_verbosity()
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    logging.set_verbosity_warning()
+    try:
+        with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+            first.enter_context(silence_transformers())
+            second.enter_context(silence_transformers())
+            first.close()
+            assert logging.get_verbosity() == logging.ERROR
+            second.close()
+            assert logging.get_verbosity() == logging.WARNING
+            assert logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(before)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_fault_of_the_disk_is_not_blamed_on_the_hub(monkeypatch, number):
+    def download(*arguments, **options):
+        raise OSError(number, os.strerror(number), "/somewhere/cache")
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for call in (lambda: is_brainfound("lab/model"), lambda: Store.from_hub("lab/store")):
+        with pytest.raises(BrainFoundError) as error:
+            call()
+        assert os.strerror(number) in str(error.value)
+        assert "Set HF_HOME to a folder that you may write, on a disk with free space" in str(error.value)
+        assert "/somewhere" not in str(error.value)
+        assert "connection" not in str(error.value)
+
+
+def test_a_fault_of_the_program_is_not_blamed_on_the_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *arguments, **options: {}["missing"])
+    with pytest.raises(KeyError):
+        Store.from_hub("lab/store")

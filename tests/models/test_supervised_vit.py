@@ -1,9 +1,11 @@
 """A supervised ViT as a start: the same function in another architecture, every weight carried over, or refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import (
     DeiTConfig,
@@ -229,20 +231,22 @@ def test_the_preprocessor_of_a_hub_id_is_asked_for(tmp_path, monkeypatch):
     asked = {}
 
     def hub(answer):
-        def cached_file(source, name, **options):
+        def download(source, name, **options):
             asked.update(source=source, name=name, **options)
             if isinstance(answer, Exception):
                 raise answer
             return answer
 
-        monkeypatch.setattr("brainfound.models.backbones.cached_file", cached_file)
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
         return FAMILIES["vit"].image_statistics("google/vit-tiny", {"revision": "abc"})
 
     assert hub(str(folder / "preprocessor_config.json")) == {"image_mean": 0.4, "image_std": 0.3}
     assert (asked["source"], asked["name"], asked["revision"]) == ("google/vit-tiny", "preprocessor_config.json", "abc")
-    assert hub(None) == {"image_mean": 0.5, "image_std": 0.5}
-    with pytest.warns(UserWarning, match=r"google/vit-tiny cannot be fetched.*0\.5"):
-        assert hub(OSError("offline")) == {"image_mean": 0.5, "image_std": 0.5}
+    missing = RemoteEntryNotFoundError("no such file", response=SimpleNamespace(headers={}, request=None))
+    assert hub(missing) == {"image_mean": 0.5, "image_std": 0.5}
+    for error in (OSError("offline"), LocalEntryNotFoundError("nothing in the cache")):
+        with pytest.warns(UserWarning, match=r"google/vit-tiny cannot be fetched.*0\.5"):
+            assert hub(error) == {"image_mean": 0.5, "image_std": 0.5}
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"image_mean": "grey"}', '{"image_std": [0, 0, 0]}'])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -398,6 +399,18 @@ def test_arguments_that_cannot_work_are_named(tmp_path, arguments, message):
     with pytest.raises(UsageError, match=message):
         write_phantom_cohort(tmp_path / "c", 1, **arguments)
     assert not any(tmp_path.iterdir())
+
+
+def test_label_maps_of_every_format_are_read(label_folder):
+    expected = read_label_map(label_folder / "person.nii.gz")
+    image = nib.load(label_folder / "person.nii.gz")
+    mgh = nib.MGHImage(np.asarray(image.dataobj).astype(np.int32), image.affine)
+    (label_folder / "packed.mgh.gz").write_bytes(gzip.compress(mgh.to_bytes()))
+    nib.save(nib.Nifti1Pair(image.dataobj, image.affine), label_folder / "pair.img")
+    files = find_label_maps(label_folder)
+    assert [file.name for file in files] == ["packed.mgh.gz", "pair.img", "person.nii.gz"]
+    for file in files:
+        assert np.array_equal(read_label_map(file).tissue, expected.tissue)
 
 
 def test_label_maps_that_cannot_be_used(tmp_path):

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from brainfound.errors import RecipeError
 from brainfound.recipes import Recipe
 
+MAX_BLUR_SIGMA_PIXELS = 1.5
+"""The kernel of `brainfound.data.augmentation.transforms.gaussian_blur` would cut a wider Gaussian."""
+
 
 def _require_increasing(recipe: Recipe, *names: str) -> None:
     for name in names:
@@ -41,7 +44,7 @@ class IntensityRecipe(Recipe):
     blur_probability: float = Field(default=0.3, ge=0, le=1)
     """Probability of blurring an image."""
     blur_sigma_pixels: tuple[float, float] = (0.3, 1.2)
-    """Range of the sigma of the Gaussian blur."""
+    """Range of the sigma of the Gaussian blur, at most 1.5."""
     low_resolution_probability: float = Field(default=0.0, ge=0, le=1)
     """Probability of thick pixels, along rows, columns or both (as in axial slices of a sagittal scan)."""
     low_resolution: tuple[float, float] = (1.25, 3.0)
@@ -60,6 +63,9 @@ class IntensityRecipe(Recipe):
     @model_validator(mode="after")
     def _ranges_increase(self) -> IntensityRecipe:
         _require_increasing(self, "gamma", "blur_sigma_pixels", "low_resolution", "gibbs_kept")
+        if self.blur_sigma_pixels[1] > MAX_BLUR_SIGMA_PIXELS:
+            got = self.blur_sigma_pixels[1]
+            raise ValueError(f"blur_sigma_pixels must be at most {MAX_BLUR_SIGMA_PIXELS}, got {got}")
         if self.low_resolution[0] < 1:
             raise ValueError(f"low_resolution must not make pixels thinner than they are, got {self.low_resolution[0]}")
         if self.gibbs_kept[1] > 1:
@@ -101,6 +107,9 @@ class ViewsRecipe(Recipe):
     @model_validator(mode="after")
     def _ranges_increase(self) -> ViewsRecipe:
         _require_increasing(self, "global_scale", "local_scale", "aspect")
+        for name in ("global_scale", "local_scale"):
+            if (largest := getattr(self, name)[1]) > 1:
+                raise ValueError(f"{name} is a fraction of the slice, at most 1, got {largest}")
         return self
 
     def require_smaller_local_crops(self) -> None:

@@ -32,7 +32,7 @@ from brainfound.data.augmentation.recipe import ViewsRecipe
 
 MAX_DISPLACEMENT = 1 / 2.046392675
 """The largest displacement of a control point along an axis that cannot fold the plane, in cells."""
-MAX_BLUR_RADIUS = 4  # pixels; kernels have 2 · 4 + 1 taps, enough for a sigma of 1.5 pixels
+MAX_BLUR_RADIUS = 4  # pixels; kernels have 2 · 4 + 1 taps, enough for `MAX_BLUR_SIGMA_PIXELS`
 
 # Sampling
 

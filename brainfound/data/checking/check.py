@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from brainfound.contrasts import CONTRASTS, UNKNOWN, parse_contrast
+from brainfound.contrasts import CONTRASTS, parse_contrast
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.checking.image_rules import cut_finding, picture_findings, position_findings
 from brainfound.data.checking.rules import (
@@ -38,9 +38,7 @@ from brainfound.data.preprocessing.session import next_scan_note
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import ScanQuality, Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
-from brainfound.data.reading.archives import require_given
 from brainfound.data.reading.scan import Scan, load_scan, read_header
-from brainfound.data.sources.file_names import parse_filename
 from brainfound.data.store import Store
 from brainfound.errors import ModelError, ScanError, UsageError
 
@@ -207,42 +205,6 @@ def _name_remedy(contrast: str) -> str:
     except UsageError as error:
         return error.remedy or ""
     return ""
-
-
-def session_from_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Session:
-    """One session from ``FILE`` and ``CONTRAST=FILE`` arguments, as in `predict`.
-
-    A single file whose name states no contrast gets that of the model, if it has only one. UsageError: the contrast
-    of a file is unknown, or is given twice. ScanError: a file does not exist.
-    """
-    texts = list(inputs)
-    scans: dict[str, Path] = {}
-    for text in texts:
-        name, equals, rest = text.partition("=")
-        if equals and Path(name).name == name and not Path(text).exists():
-            contrast, file = parse_contrast(name), Path(rest)
-            require_given(file)
-        else:
-            file = Path(text)
-            require_given(file)
-            named = parse_filename(file)
-            contrast = named.contrast
-            if named.is_silent and len(texts) == len(contrasts) == 1:
-                contrast = contrasts[0]
-            if contrast == UNKNOWN:
-                remedy = f"Say it: {contrasts[-1]}={file.name}"
-                raise UsageError(
-                    "the file name does not state the contrast",
-                    where=file.name,
-                    got=None if named.is_silent else named.reason,
-                    expected=", ".join(contrasts),
-                    remedy=remedy,
-                )
-        if contrast in scans:
-            got = f"{scans[contrast].name} and {file.name}"
-            raise UsageError(f"two scans of {contrast}", got=got, remedy="Give one")
-        scans[contrast] = file
-    return Session(subject="", session="", scans=scans, covariates={}, masks={})
 
 
 def load_model_contract(folder: str | Path) -> tuple[Preprocessing, InputContract]:

@@ -57,7 +57,12 @@ class Preprocessing(Recipe):
     @classmethod
     def _rising_ranges(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
         # Sorted: the order in which a user lists them must not change the preprocessing.
-        named = dict(sorted(zip(parse_contrasts(value), value.values(), strict=True)))
+        contrasts = parse_contrasts(value)
+        named = dict(sorted(zip(contrasts, value.values(), strict=True)))
+        for contrast in named:
+            if contrasts.count(contrast) > 1:
+                spellings = " and ".join(name for name in value if parse_contrasts([name]) == (contrast,))
+                raise ValueError(f"ranges holds {contrast} twice, as {spellings}")
         if any(not (np.isfinite(limits).all() and limits[0] < limits[1]) for limits in named.values()):
             raise ValueError("ranges must be two finite, rising values per contrast")
         return named

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, cast
 
 from isal import isal_zlib
 
+from brainfound.data.reading.image_names import is_image
 from brainfound.errors import ScanError
 
 MAX_DIRECTORY_BYTES = 32 * 2**20
@@ -52,8 +53,7 @@ def volume_path(path: Path, number: int) -> Path:
 def split_volume_path(path: Path) -> tuple[Path, int | None]:
     """The file and the volume of a path; None if it is no `volume_path`."""
     match = re.fullmatch(r"volume-(\d{1,4})", path.name)
-    is_image = path.parent.name.lower().endswith((".nii", ".nii.gz"))
-    return (path.parent, int(match.group(1))) if match and is_image else (path, None)
+    return (path.parent, int(match.group(1))) if match and is_image(path.parent) else (path, None)
 
 
 def split_archive_path(path: str | Path) -> tuple[Path, str] | None:

@@ -31,6 +31,7 @@ from nibabel.volumeutils import apply_read_scaling
 
 from brainfound.data.reading.archives import MAX_DEFLATE_RATIO, open_binary, size_and_mtime, split_volume_path
 from brainfound.data.reading.header_geometry import HEADER_ERRORS, AffineSource, header_affine, spatial_header
+from brainfound.data.reading.image_names import MGH_SUFFIXES, is_header, is_image, other_half, stem
 from brainfound.errors import ScanError
 
 MAX_VOXELS = 1024**3
@@ -45,8 +46,6 @@ MAX_MGH_TAIL_BYTES = 2**20
 """MGH files end with tags: scan parameters, the commands that made the file, a colour table."""
 CHUNK_VOXELS = 2**17
 """Voxels read, scaled and checked at a time; they fit into the processor's cache."""
-
-SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh", ".mgh.gz", ".hdr", ".img", ".hdr.gz", ".img.gz")
 
 _STREAM_ERRORS = (OSError, EOFError, cast("type[Exception]", isal_zlib.error))
 
@@ -90,8 +89,7 @@ def unreadable_error(path: Path, why: object) -> ScanError:
 def read_image_header(path: Path) -> ImageHeader:
     """Read and check the header of an image, without its voxels; ScanError for a file that cannot be a scan."""
     path, volume = split_volume_path(path)
-    name = path.name.lower()
-    if not name.endswith(SUFFIXES):
+    if not is_image(path):
         raise ScanError(
             "cannot be read as an image: not one of the formats that are read",
             where=path.name,
@@ -99,8 +97,8 @@ def read_image_header(path: Path) -> ImageHeader:
             remedy="Convert it, for example with nib-convert or mri_convert",
         )
     data_path = path
-    if name.endswith((".hdr", ".hdr.gz", ".img", ".img.gz")):
-        path, data_path = _pair(path)
+    if (other := other_half(path)) is not None:
+        path, data_path = _pair(path, other)
     with _opened(path) as stream:
         block = stream.read(Nifti2Header.template_dtype.itemsize)
     messages = _Messages()
@@ -168,6 +166,32 @@ def read_voxels(header: ImageHeader) -> tuple[Float[np.ndarray, "I J K"], float,
     return out.reshape(header.shape_3d, order="F"), float(lows.min()), float(highs.max())
 
 
+def copy_without_texts(path: Path, out: BinaryIO) -> None:
+    """Copy a NIfTI file (``.nii``) without the texts that may name a person.
+
+    Left out are the texts of the header, its extensions, and bytes after the voxels. ScanError as `read_voxels`.
+    """
+    header = read_image_header(path)
+    start = bytearray(header.offset)
+    with _opened(header.data_path) as stream:
+        _fill(stream, memoryview(start), path)
+        kind: Any = Nifti2Header if Nifti2Header.may_contain_header(bytes(start)) else Nifti1Header
+        template = kind.template_dtype
+        blank = kind(bytes(start[: template.itemsize]), check=False)
+        for name in template.names:
+            if template[name].kind == "S" and name not in ("magic", "regular"):
+                blank.structarr[name] = b""
+        out.write(blank.binaryblock + bytes(header.offset - template.itemsize))
+        left = math.prod(header.shape) * header.dtype.itemsize
+        while left:
+            chunk = stream.read(min(left, CHUNK_VOXELS))
+            if not chunk:
+                raise unreadable_error(path, "the file ends within its voxels")
+            out.write(chunk)
+            left -= len(chunk)
+        _check_end(stream, header)
+
+
 def _allocate(header: ImageHeader) -> np.ndarray:
     num_voxels = int(np.prod(header.shape_3d))
     try:
@@ -193,29 +217,23 @@ def _scaled(values: np.ndarray, header: ImageHeader) -> np.ndarray:
     return values.astype(np.promote_types(values.dtype, np.float32), copy=False)
 
 
-def _pair(path: Path) -> tuple[Path, Path]:
-    """The header file and the voxel file of an ``.hdr`` + ``.img`` pair, given either of them."""
-    packed = path.suffix if path.suffix.lower() == ".gz" else ""
-    base = path.name[: len(path.name) - len(packed)]
-    stem, suffix = base[:-4], base[-4:]
-    given_header = suffix.lower() == ".hdr"
-    other_suffix = ".img" if given_header else ".hdr"
-    other = path.with_name(stem + (other_suffix.upper() if suffix.isupper() else other_suffix) + packed)
+def _pair(path: Path, other: Path) -> tuple[Path, Path]:
+    """The header file and the voxel file of an ``.hdr`` + ``.img`` pair, given in any order."""
     if size_and_mtime(other) is None:
         if other.is_symlink():
             open_binary(other)  # its error says how to fetch the file
-        expected = f"the {other_suffix} file of the same name in its folder"
+        expected = f"the {'.img' if is_header(path) else '.hdr'} file of the same name in its folder"
         remedy = "Copy both files, or convert them to one .nii.gz"
         raise ScanError("half of a pair is missing", where=path.name, expected=expected, remedy=remedy)
-    if size_and_mtime(path.with_name(stem + ".mat")) is not None:
+    if size_and_mtime(path.with_name(stem(path) + ".mat")) is not None:
         what = "its orientation is in an SPM .mat file, which is not read"
         raise ScanError(what, where=path.name, remedy="Convert the image to .nii.gz with SPM")
-    return (path, other) if given_header else (other, path)
+    return (path, other) if is_header(path) else (other, path)
 
 
 def _parse(path: Path, block: bytes, is_pair: bool, messages: _Messages) -> Any:
     """nibabel's header object for the first bytes of a file; extensions are not read."""
-    if path.name.lower().endswith((".mgz", ".mgh", ".mgh.gz")):
+    if path.name.lower().endswith(MGH_SUFFIXES):
         if len(block) < MGH_HEADER.itemsize:
             raise ValueError("the file ends within the header")
         header = MGHHeader(block[: MGH_HEADER.itemsize], check=False)

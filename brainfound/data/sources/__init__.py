@@ -12,8 +12,9 @@ from itertools import islice
 from pathlib import Path
 
 from brainfound.data.reading.archives import fetch_remedy
+from brainfound.data.reading.image_names import holds_voxels
 from brainfound.data.sources import bids, dicom, fomo60k, fomo300k, fomo_tasks, manifest, named_files, nnunet, openmind
-from brainfound.data.sources.file_names import BROKEN_LINK, is_image, iter_files
+from brainfound.data.sources.file_names import BROKEN_LINK, iter_files
 from brainfound.data.sources.tables import SourceLayout, SourceTable
 from brainfound.errors import CohortError
 
@@ -54,7 +55,7 @@ def _require_fetched(path: Path) -> None:
     """Refuse a folder in which every image is a link whose target is not there, as in a fresh clone of a data set."""
     links: list[Path] = []
     for file in iter_files(path, []) if path.is_dir() else ():
-        if is_image(file):
+        if holds_voxels(file):
             if file.is_file():
                 return
             links.append(file)

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
+from brainfound.data.reading.image_names import stem
 from brainfound.data.sources import manifest
 from brainfound.data.sources.bids_files import BidsName, Sidecars, contrast_from_bids_name, mask_column
 from brainfound.data.sources.covariates import clean_covariates
@@ -28,7 +29,6 @@ from brainfound.data.sources.file_names import (
     iter_images,
     natural_sort_key,
     split_words,
-    stem,
     subfolders,
 )
 from brainfound.data.sources.identifiers import is_session_name

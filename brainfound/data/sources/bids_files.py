@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from brainfound.data.sources.file_names import MAX_B0_S_PER_MM2, UnusedFiles, label_column, natural_sort_key, stem
+from brainfound.data.reading.image_names import stem
+from brainfound.data.sources.file_names import MAX_B0_S_PER_MM2, UnusedFiles, label_column, natural_sort_key
 from brainfound.data.sources.words import read_bids_name
 
 SCANNER_COLUMNS = {

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from brainfound.data.sources.tables import MISSING, is_missing, read_json
+from brainfound.data.sources.tables import MISSING, is_missing, read_json, spellings
 
 MAX_AGE_YEARS = 150
 _DOUBTFUL_AGE_YEARS = 110
@@ -35,7 +35,6 @@ _SEXES = {
 }
 _UNKNOWN_SEXES = {"unknown", "unbekannt", "inconnu", "desconocido", "sconosciuto", "not known", "unk", "u", "?", "-"}
 _NOT_COVARIATES = {"subject", "session", "contrast", "path", "dataset", "filename", "age_years"}
-_AGE_NAMES = ("age_years", "age", "age_at_scan", "ageatscan")
 _MAX_PLACES = 5
 _MAX_VALUE_LENGTH = 24
 
@@ -50,7 +49,7 @@ def clean_covariates(table: pd.DataFrame, name: str, notes: list[str], sidecars:
     """
     table = table.copy()
     if "age_years" in table:
-        unit = _age_unit(sidecars, notes)
+        unit = _age_unit(sidecars, _names_of("age_years", table), notes)
         _add_note(_note_on_unit(unit, name), notes)
         table["age_years"] = _parse_ages(table["age_years"], _UNITS_PER_YEAR.get(unit, 1.0), name, notes)
     _harmonise_sexes(table, sidecars, name, notes)
@@ -75,9 +74,15 @@ def _described(sidecars: Sequence[Path], columns: Sequence[str], key: str, notes
     return None
 
 
-def _age_unit(sidecars: Sequence[Path], notes: list[str]) -> str:
+def _names_of(column: str, table: pd.DataFrame) -> list[str]:
+    """The names that a sidecar may have for a column; a name with a column of its own is not among them."""
+    own = {str(name).lower() for name in table.columns} - {column}
+    return [name for name in spellings(column) if name not in own]
+
+
+def _age_unit(sidecars: Sequence[Path], names: Sequence[str], notes: list[str]) -> str:
     """``"month"`` and the like; "year" if no sidecar gives a unit."""
-    unit = str(_described(sidecars, _AGE_NAMES, "Units", notes) or "year").lower().strip().rstrip("s")
+    unit = str(_described(sidecars, names, "Units", notes) or "year").lower().strip().rstrip("s")
     return "year" if unit in ("y", "yr", "yo", "") else unit
 
 
@@ -144,13 +149,14 @@ def _harmonise_sexes(table: pd.DataFrame, sidecars: Sequence[Path], name: str, n
         return
     gender = next((column for column in table.columns if str(column).lower() == "gender"), None)
     if gender is not None and (empty := table["sex"].isna() & table[gender].notna()).any():
-        table["sex"] = table["sex"].astype(object).where(~empty, table[gender])
+        words = _levels(sidecars, ["gender"], notes)
+        known = [words.get(_code(value), value) for value in table[gender]]
+        table["sex"] = table["sex"].astype(object).where(~empty, pd.Series(known, table.index, dtype=object))
         notes.append(f"{name}: {empty.sum()} × a sex from the column {gender!r}, where 'sex' is empty")
-    levels = _described(sidecars, ("sex", "gender"), "Levels", notes)
-    words = {str(code).strip().lower(): _level(text) for code, text in levels.items()} if type(levels) is dict else {}
+    words = _levels(sidecars, _names_of("sex", table), notes)
     sexes, num_unknown = [], 0
     for value in table["sex"]:
-        word = f"{value:g}" if isinstance(value, float) else str(value).strip().lower()
+        word = _code(value)
         sex = _SEXES.get(words.get(word, ""), _SEXES.get(word, value))
         is_unknown = sex == value and words.get(word, word) in _UNKNOWN_SEXES
         num_unknown += is_unknown
@@ -162,6 +168,16 @@ def _harmonise_sexes(table: pd.DataFrame, sidecars: Sequence[Path], name: str, n
     if codes:
         notes.append(f"{name}: the sexes are numbers ({', '.join(codes[:4])}), kept as they are. Write F and M")
         table["sex"] = table["sex"].infer_objects()
+
+
+def _levels(sidecars: Sequence[Path], names: Sequence[str], notes: list[str]) -> dict[str, str]:
+    """Code → description of the first of the columns `names` that a sidecar describes."""
+    levels = _described(sidecars, names, "Levels", notes)
+    return {str(code).strip().lower(): _level(text) for code, text in levels.items()} if type(levels) is dict else {}
+
+
+def _code(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).strip().lower()
 
 
 def _level(text: Any) -> str:

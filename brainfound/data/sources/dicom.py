@@ -48,19 +48,18 @@ from brainfound.data.sources.words import read_series_text
 from brainfound.errors import CohortError, UsageError
 
 _MARKER = "conversion.json"
-_SCHEMA = 2
+_SCHEMA = 3
 _MAX_FILES_SEARCHED = 500
 _TIMEOUT_S = 3600
 _KEPT_KEYS = {
     *SCANNER_COLUMNS,
-    *("ImageType", "SeriesDescription", "ProtocolName", "ScanningSequence", "ContrastBolusIngredient"),
+    *("ImageType", "SeriesDescription", "ProtocolName", "ScanningSequence"),
     *("EchoTime", "RepetitionTime", "InversionTime", "FlipAngle", "SliceThickness", "SpacingBetweenSlices"),
     *("ConversionSoftware", "ConversionSoftwareVersion"),
 }
 """Sidecar keys to keep: those needed by the contrast rules and the cohort's columns."""
 
 _DERIVED_WORDS = ("PROJECTION", "SUBTRACT", "SCREEN", "PHASE MAP", "STAR_MAP", "EXPONENTIAL", "MAX_IP", "MIN_IP", "VRT")
-_NO_AGENT = {"", "none", "no", "unknown", "n/a", "na", "0", "false"}
 _WEIGHTED = {"T1w", "T1ce", "T2w", "FLAIR", "PDw"}
 """Contrasts that the times of a sequence decide."""
 _DERIVED_TYPES = {
@@ -230,12 +229,16 @@ def _read_sidecar(image: Path) -> dict[str, Any]:
 def _row(series: Series, work: Path, image: Path) -> dict[str, Any]:
     sidecar = _read_sidecar(image)
     scanner = {column: sidecar[key] for key, column in SCANNER_COLUMNS.items() if sidecar.get(key)}
-    row = {"subject": series.subject, "session": series.session, "contrast": contrast_from_sidecar(sidecar)}
+    contrast = contrast_from_sidecar(sidecar, series.has_agent)
+    row = {"subject": series.subject, "session": series.session, "contrast": contrast}
     return {**row, "path": str(image.relative_to(work)), "age_years": series.age_years, "sex": series.sex, **scanner}
 
 
-def contrast_from_sidecar(sidecar: dict[str, Any]) -> str:
-    """The contrast of a dcm2niix sidecar by this module's rules; ``"unknown"`` if none applies."""
+def contrast_from_sidecar(sidecar: dict[str, Any], has_agent: bool = False) -> str:
+    """The contrast of a dcm2niix sidecar by this module's rules; ``"unknown"`` if none applies.
+
+    ``has_agent`` comes from the DICOM header: dcm2niix writes nothing about contrast agents.
+    """
     types = _image_types(sidecar)
     if types & {"ADC", "ADC_UNSPECIFIED"}:
         return "ADC"
@@ -244,8 +247,6 @@ def contrast_from_sidecar(sidecar: dict[str, Any]) -> str:
     if types & _DERIVED_TYPES or any(word in name for name in types for word in _DERIVED_WORDS):
         return UNKNOWN
     from_times = _contrast_from_times(sidecar)
-    agents = (str(sidecar.get(key) or "").strip().lower() for key in ("ContrastBolusIngredient", "ContrastBolusAgent"))
-    agent = any(name not in _NO_AGENT for name in agents)
     for key in ("SeriesDescription", "ProtocolName"):
         reading = read_series_text(str(sidecar.get(key) or ""))
         if reading is None:
@@ -257,8 +258,8 @@ def contrast_from_sidecar(sidecar: dict[str, Any]) -> str:
             contrast = reading.contrast if same else from_times
         else:
             contrast = reading.contrast
-        return "T1ce" if contrast == "T1w" and agent and not reading.denies_agent else contrast
-    return "T1ce" if from_times == "T1w" and agent else from_times
+        return "T1ce" if contrast == "T1w" and has_agent and not reading.denies_agent else contrast
+    return "T1ce" if from_times == "T1w" and has_agent else from_times
 
 
 def _contrast_from_times(sidecar: dict[str, Any]) -> str:

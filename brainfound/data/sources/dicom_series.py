@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from brainfound.data.sources.file_names import DICOM_SUFFIXES, UnusedFiles, natural_sort_key, sanitise_name
 from brainfound.data.sources.identifiers import is_session_name
@@ -22,7 +22,15 @@ from brainfound.errors import CohortError
 _TAGS = [
     *("PatientID", "PatientName", "PatientBirthDate", "PatientAge", "PatientSex", "Modality"),
     *("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "StudyDate", "StudyTime"),
+    *("ContrastBolusAgent", "ContrastBolusIngredient"),
 ]
+_AGENT_SEQUENCES = ["ContrastBolusAgentSequence", "SharedFunctionalGroupsSequence"]
+_NO_AGENT = re.compile(
+    r"\W*|0+(\.0*)?( ?ml)?|(no|not|none|nil|without|w/o|unknown|n/?a|false|pre|plain|ohne|keine?|sans|sin|senza)\b.*"
+    r"|(non|un)[- ]?(contrast|enhanced).*",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Texts in place of the name of a contrast agent."""
 _NO_PATIENT = {
     *("", "anonymous", "anonymized", "anonymised", "anon", "unknown", "none", "na", "n/a", "removed", "redacted"),
     *("deidentified", "de-identified", "patient", "subject", "test", "default", "null"),
@@ -63,6 +71,8 @@ class Series:
     folder: str
     age_years: float | None
     sex: str | None
+    has_agent: bool = False
+    """Whether the header names a contrast agent."""
     files: list[Path] = field(default_factory=list)
     subject: str = ""
     session: str = ""
@@ -130,13 +140,25 @@ def _read_header(file: Path) -> dict[str, str] | None:
     try:
         # Validation would print header values in warnings.
         with pydicom.config.disable_value_validation():
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS, force=force)
-            return {tag: "" if (value := header.get(tag)) is None else str(value).strip() for tag in _TAGS}
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS + _AGENT_SEQUENCES, force=force)
+            text = {tag: "" if (value := header.get(tag)) is None else str(value).strip() for tag in _TAGS}
+            return {**text, "agent": "yes" if _has_agent(header) else ""}
     except (
         *(InvalidDicomError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError),
         *(struct.error, NotImplementedError, RecursionError),
     ):
         return None
+
+
+def _has_agent(header: Any) -> bool:
+    """Whether a header names a contrast agent, and does not deny that it was given."""
+    groups = header.get("SharedFunctionalGroupsSequence") or []
+    usages = [usage for group in groups for usage in group.get("ContrastBolusUsageSequence") or []]
+    if usages and all(usage.get("ContrastBolusAgentAdministered") == "NO" for usage in usages):
+        return False
+    names = [header.get(tag) for tag in ("ContrastBolusAgent", "ContrastBolusIngredient")]
+    names += [item.get("CodeMeaning") for item in header.get("ContrastBolusAgentSequence") or []]
+    return any(name is not None and not _NO_AGENT.fullmatch(str(name).strip()) for name in names)
 
 
 def decode_filename(name: str) -> str:
@@ -160,6 +182,7 @@ def _make_series(header: dict[str, str], folder: str) -> Series:
         folder=folder,
         age_years=_age_years(header["PatientAge"]),
         sex=sex if sex in ("F", "M") else None,
+        has_agent=bool(header["agent"]),
     )
 
 

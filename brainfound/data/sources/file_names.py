@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.reading.archives import fetch_remedy
+from brainfound.data.reading.image_names import MGH_SUFFIXES, holds_voxels, other_half, stem
 from brainfound.data.sources.word_table import (
     BRAIN_WORDS,
     LABEL_QUALIFIERS,
@@ -38,8 +39,6 @@ from brainfound.errors import CohortError
 UnusedFiles = list[tuple[Path, str]]
 """Files that are not scans of the cohort, each with the reason."""
 
-IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".img", ".img.gz")
-"""The voxels of a pair (``.img``) stand for it; its ``.hdr`` lies in the same folder."""
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 BROKEN_LINK = "a link whose target is not there (download the file first)"
 MAX_B0_S_PER_MM2 = 5
@@ -55,24 +54,6 @@ _BIDS_NAME = re.compile(r"sub-[A-Za-z0-9+]+(?:_[a-z]+-[A-Za-z0-9.+]+)*_[A-Za-z0-
 
 
 # Files and paths
-
-
-def is_image(path: PurePath) -> bool:
-    """Whether the name has an image suffix. Hidden files are never images (``._x.nii.gz`` is a copying artefact)."""
-    return path.name.lower().endswith(IMAGE_SUFFIXES) and not path.name.startswith(".")
-
-
-def stem(path: PurePath) -> str:
-    """The name without its image suffix.
-
-    >>> stem(PurePath("a/b.T1w.nii.gz"))
-    'b.T1w'
-    """
-    name = path.name
-    for suffix in IMAGE_SUFFIXES:
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return PurePath(name).stem
 
 
 def natural_sort_key(text: object) -> tuple[tuple[int, int, str], ...]:
@@ -107,25 +88,21 @@ def iter_files(folder: Path, unused: UnusedFiles, *, without: Iterable[Path] = (
 def iter_images(folder: Path, unused: UnusedFiles, *, without: Iterable[Path] = ()) -> Iterator[Path]:
     """The images among `iter_files`. A broken link (a file that was not downloaded) goes into ``unused``."""
     for file in iter_files(folder, unused, without=without):
-        if is_image(file) and file.is_file():
-            if file.name.lower().endswith((".img", ".img.gz")) and not _has_header(file):
+        if holds_voxels(file) and file.is_file():
+            header = other_half(file)
+            if header is not None and not header.is_file():
                 unused.append((file, "an .img without its .hdr"))
             else:
                 yield file
-        elif is_image(file):
+        elif holds_voxels(file):
             remedy = fetch_remedy(file)
             unused.append((file, f"{BROKEN_LINK}. {remedy}" if remedy else BROKEN_LINK))
-
-
-def _has_header(file: Path) -> bool:
-    """Whether the header of a pair lies in the folder of its voxels."""
-    return any((file.parent / f"{stem(file)}{ending}").is_file() for ending in (".hdr", ".HDR", ".hdr.gz"))
 
 
 def contains_image(folders: Iterable[Path]) -> bool:
     """Whether an image, downloaded or not, is among the first files below these folders. DICOM does not count."""
     files = (file for folder in folders for file in iter_files(folder, []))
-    return any(is_image(file) for file in islice(files, _MAX_FILES_SEARCHED))
+    return any(holds_voxels(file) for file in islice(files, _MAX_FILES_SEARCHED))
 
 
 def subfolders(folder: Path, pattern: str) -> list[Path]:
@@ -181,7 +158,7 @@ class FileName:
     label_column: str | None
     """The cohort column of a label map (``mask``, ``brain_mask``, ``gm_mask``, ``dseg``, …); None for a scan."""
     is_silent: bool
-    """Whether the name says nothing of the contrast: neither one, nor doubt, nor that it is no scan."""
+    """Whether the name suggests nothing about the contrast: neither one, nor doubt, nor that it is no scan."""
     identifier: str
     """The name without contrast, processing words and repeat numbers."""
     order: tuple
@@ -270,7 +247,7 @@ def _label_column(parts: list[tuple[str, int]], after_contrast: int | None, path
     words = {part for part, _ in parts}
     if words & PARCELLATIONS:
         return "dseg", 0
-    if "brainmask" in words and path.name.lower().endswith((".mgz", ".mgh")):  # FreeSurfer's stripped image
+    if "brainmask" in words and path.name.lower().endswith(MGH_SUFFIXES):  # FreeSurfer's stripped image
         return None, 0
     lesions = [
         i

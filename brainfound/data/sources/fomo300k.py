@@ -14,17 +14,16 @@ import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.reading.archives import list_members, open_binary
+from brainfound.data.reading.image_names import holds_voxels, stem
 from brainfound.data.sources.bids_files import BidsName, contrast_from_bids_name, mask_column
 from brainfound.data.sources.file_names import (
     MAX_B0_S_PER_MM2,
     SubjectNamer,
     UnusedFiles,
-    is_image,
     iter_images,
     natural_sort_key,
     parse_filename,
     read_scan_name,
-    stem,
     subfolders,
 )
 from brainfound.data.sources.fomo60k import join_by_names, join_participants
@@ -119,7 +118,7 @@ def _images(session: Path, unused: UnusedFiles) -> list[Path]:
     except ScanError as error:
         unused.append((session, error.what))
         return []
-    images = [session / member for member in members if is_image(PurePosixPath(member))]
+    images = [session / member for member in members if holds_voxels(PurePosixPath(member))]
     if not images:
         unused.append((session, "an archive without images"))
     return images

@@ -14,12 +14,12 @@ from typing import Any
 
 import pandas as pd
 
+from brainfound.data.reading.image_names import holds_voxels
 from brainfound.data.sources.covariates import clean_covariates
 from brainfound.data.sources.file_names import (
     SubjectNamer,
     UnusedFiles,
     contains_image,
-    is_image,
     iter_images,
     natural_sort_key,
     parse_filename,
@@ -143,7 +143,7 @@ def _read_second_release(
         if file in listed:
             continue
         listed.add(file)
-        if not is_image(file):
+        if not holds_voxels(file):
             unused.append((file, "not an image"))
         elif file.is_file():
             facts = {"site": dataset, "dataset": dataset, "_participant": participant}

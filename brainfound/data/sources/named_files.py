@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
+from brainfound.data.reading.image_names import stem
 from brainfound.data.sources.dicom_series import is_dicom
 from brainfound.data.sources.file_names import (
     DICOM_SUFFIXES,
@@ -27,7 +28,6 @@ from brainfound.data.sources.file_names import (
     natural_sort_key,
     parse_filename,
     split_words,
-    stem,
 )
 from brainfound.data.sources.identifiers import (
     SubjectIdentity,

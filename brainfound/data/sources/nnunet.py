@@ -14,7 +14,8 @@ import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.reading.archives import volume_path
-from brainfound.data.sources.file_names import UnusedFiles, iter_images, stem
+from brainfound.data.reading.image_names import stem
+from brainfound.data.sources.file_names import UnusedFiles, iter_images
 from brainfound.data.sources.identifiers import parse_identifier
 from brainfound.data.sources.persons import find_doubt
 from brainfound.data.sources.tables import SourceLayout, SourceTable, read_json

@@ -194,6 +194,11 @@ def _cohort_name(column: str) -> str:
     return _RENAMED.get(lower, lower if lower in _KNOWN else column)
 
 
+def spellings(name: str) -> tuple[str, ...]:
+    """The names by which tables call a column of the cohort, in lower case; the first is its own."""
+    return (name, *(other for other, renamed in _RENAMED.items() if renamed == name))
+
+
 def cohort_names(columns: Iterable[str]) -> dict[str, str]:
     """The columns to rename, with their cohort names; a name that is already in use is not assigned again."""
     columns = list(columns)

@@ -133,7 +133,7 @@ def read_file_name(words: Sequence[str]) -> Reading:
     ]
     reading = _read([*adjoining, *items[first:]], series=False)
     if visits := [item.text for item in adjoining if item.text in ("pre", "post")]:
-        return Reading(UNKNOWN, f"{IN_DOUBT}: {visits[0]!r} may say visits or a contrast agent", (), reading.used)
+        return Reading(UNKNOWN, f"{IN_DOUBT}: {visits[0]!r} may denote visits or a contrast agent", (), reading.used)
     begin, end = min(items[first].words), max(items[first].words) + 1
     if _TISSUE_MARK.match(words[0]) or (words[0] in _WARP_MARKS and not words[1].isdecimal()):
         return Reading(UNKNOWN, f"{IN_DOUBT}: {words[0]!r} may begin with a mark of SPM's maps", (), reading.used)
@@ -144,7 +144,7 @@ def read_file_name(words: Sequence[str]) -> Reading:
         maps = DIFFUSION_MAPS - (_VISITS if reading.contrast == "ADC" else set())
         shown += [word for word in lower[end:] if word in maps]
     if reading.contrast != UNKNOWN and shown:
-        return Reading(UNKNOWN, f"{IN_DOUBT}: {shown[0]!r} may say what a map shows", (), reading.used)
+        return Reading(UNKNOWN, f"{IN_DOUBT}: {shown[0]!r} may denote what a map shows", (), reading.used)
     return reading
 
 
@@ -266,7 +266,7 @@ def _hidden_doubt(items: Sequence[_Item], kinds: set[str], named: Sequence[str],
         return f"{IN_DOUBT}: the magnitude of an SWI is T2*-weighted"
     if named == ["T1w"] and "perhaps an agent" in kinds and not kinds & {"agent", "no agent"}:
         word = next(item.text for item in items if item.kind == "perhaps an agent")
-        return f"{IN_DOUBT}: T1w or T1ce ({word!r} may say a contrast agent)"
+        return f"{IN_DOUBT}: T1w or T1ce ({word!r} may denote a contrast agent)"
     return None
 
 

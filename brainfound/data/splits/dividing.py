@@ -82,7 +82,7 @@ def few_shot(
     subjects: Sequence[str],
     shots: Sequence[int | None],
     seed: int,
-    labels: Sequence[Any] | None = None,
+    labels: Labels | None = None,
     fractions: Mapping[str, float] | None = None,
     stratify: Labels | None = None,
 ) -> dict[int | None, dict[str, np.ndarray]]:
@@ -92,16 +92,22 @@ def few_shot(
 
     Args:
         shots: numbers of training subjects, per class with ``labels``; None for all subjects.
-        labels: the class of each session; a subject without any is not used for training.
+        labels: the class of each session, as a list or as one named column; a subject without any is not used for
+            training.
         fractions: shares of the parts, by default `DEFAULT_FRACTIONS`; ``train`` draws its shots from its share.
         stratify: as in `split_by_subject`; by default the labels.
 
     Raises:
-        UsageError: no shots, or more shots than subjects (of the smallest class) outside of validation and test.
+        UsageError: no shots, no label, or more shots than subjects (of the smallest class) outside of validation and
+            test.
     """
     numbers = sorted({number for number in shots if number is not None})
     if not shots or (numbers and numbers[0] < 1):
         raise UsageError("the numbers of shots must be positive", where="shots", got=list(shots))
+    column, labels = next(iter(labels.items())) if isinstance(labels, Mapping) else ("labels", labels)
+    if labels is not None and all(_missing(label) for label in labels):
+        remedy = "Fill it, or give another column"
+        raise UsageError("no session has a label", where=f"column {column}", remedy=remedy)
     stratify = labels if stratify is None else stratify
     rest = split_by_subject(subjects, fractions or DEFAULT_FRACTIONS, seed, stratify)
     parts = {part: sorted({subjects[i] for i in index}) for part, index in rest.items()}

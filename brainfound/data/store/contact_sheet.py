@@ -199,9 +199,9 @@ class _Layout:
 def draw_contact_sheet(cards: Sequence[SessionCard], contrasts: Sequence[str], path: str | Path, foot: str) -> Path:
     """Draw cards, column by column and with a group of slices per contrast, as a PNG; written atomically."""
     window = _window(cards)
-    row_mm, column_mm = cards[0].pixel_mm if cards else (1.0, 1.0)
-    rows, columns = (part.stop - part.start for part in window)
-    layout = _layout(cards, len(contrasts), rows * row_mm / (columns * column_mm))
+    sizes_mm = [_window_mm(card, window) for card in cards]
+    height_mm, width_mm = (max(sizes) for sizes in zip(*sizes_mm, strict=True)) if cards else (1.0, 1.0)
+    layout = _layout(cards, len(contrasts), height_mm / width_mm)
     page = Image.new("RGB", layout.page(), _PAPER)
     draw = ImageDraw.Draw(page)
     top = _MARGIN + _HEAD_HEIGHT
@@ -212,7 +212,8 @@ def draw_contact_sheet(cards: Sequence[SessionCard], contrasts: Sequence[str], p
             for group, contrast in enumerate(contrasts):
                 middle = left + layout.left(group) + layout.width(group) / 2
                 draw.text((middle, _MARGIN + 8), contrast, fill=_TEXT, font=_font(15), anchor="mm")
-        _draw_card(page, draw, card, contrasts, layout, (left, top), window)
+        share = (sizes_mm[number][1] / width_mm, sizes_mm[number][0] / height_mm)
+        _draw_card(page, draw, card, contrasts, layout, (left, top), window, share)
         top += layout.heights[number] + _CARD_GAP
     _draw_foot(draw, page.size, foot, outlined=any(card.outlines is not None for card in cards))
     path = Path(path)
@@ -250,6 +251,12 @@ def _window(cards: Sequence[SessionCard]) -> tuple[slice, ...]:
     return bounding_box(np.zeros((64, 64), dtype=bool) if filled is None else filled, _WINDOW_MARGIN)
 
 
+def _window_mm(card: SessionCard, window: tuple[slice, ...]) -> tuple[float, float]:
+    """Height and width of the window in a card's pixels."""
+    rows, columns = ((part.stop - part.start) * mm for part, mm in zip(window, card.pixel_mm, strict=True))
+    return rows, columns
+
+
 def _draw_card(
     page: Image.Image,
     draw: ImageDraw.ImageDraw,
@@ -258,9 +265,12 @@ def _draw_card(
     layout: _Layout,
     corner: tuple[int, int],
     window: tuple[slice, ...],
+    share: tuple[float, float],
 ) -> None:
+    """Draw one card; its slices fill the given share of a tile's width and height."""
     left, top = corner
     width, height = layout.tile
+    size = (max(round(width * share[0]), 1), max(round(height * share[1]), 1))
     colour = _FLAG if card.is_flagged else _TEXT
     codes = [] if card.outlines is None else np.unique(card.outlines[card.outlines != 0]).tolist()
     for line, word in enumerate(card.label.split()):
@@ -280,7 +290,9 @@ def _draw_card(
         for place, pixels in enumerate(image):
             outline = None if card.outlines is None else card.outlines[place][window]
             x = at + place * (width + _TILE_GAP)
-            page.paste(_tile(pixels[window], outline, codes, layout.tile), (x, top))
+            draw.rectangle((x, top, x + width - 1, top + height - 1), fill="black")
+            middle = (x + (width - size[0]) // 2, top + (height - size[1]) // 2)
+            page.paste(_tile(pixels[window], outline, codes, size), middle)
             if group == 0 or all(other is None for other in card.images[:group]):
                 height_text = f"{round(card.heights_mm[place]):+d}".replace("+0", "0")
                 draw.text((x + 3, top + height - 2), height_text, **_small("ls"))

@@ -21,6 +21,7 @@ from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.reading.archives import size_and_mtime
+from brainfound.data.reading.image_names import other_half
 from brainfound.data.reading.scan import read_header
 from brainfound.data.sources.tables import SessionKey, read_json
 from brainfound.data.store.folder import SCHEMA_VERSION, StoreFolder, replaced_path, session_keys
@@ -84,9 +85,8 @@ def _file_facts(session: Session, root: Path, contrasts: Sequence[str], mask: st
     used += [(mask, session.masks[mask])] if mask in session.masks else []
     facts: list[Any] = []
     for name, file in used:
-        # The voxels of a .hdr are in an .img next to it.
-        pair = [file.with_suffix(".img")] if file.suffix == ".hdr" else []
-        facts.append((name, os.path.relpath(file, root), [size_and_mtime(part) for part in (file, *pair)]))
+        parts = [part for part in (file, other_half(file)) if part is not None]
+        facts.append((name, os.path.relpath(file, root), [size_and_mtime(part) for part in parts]))
     return [facts, sorted(name for name, _ in files if name not in contrasts and not used)]
 
 

@@ -34,8 +34,8 @@ from brainfound.data.store.writer import (
     move_into_place,
     write_blocks,
 )
-from brainfound.errors import BrainFoundError, StoreError
-from brainfound.hub import cache_if_hub_is_away, describe_hub_error
+from brainfound.errors import StoreError
+from brainfound.hub import cache_if_hub_is_away, describe_hub_error, hub_errors
 
 SAFE_COVARIATES = ("age_years", "sex", "site", "diagnosis")
 """The covariates that a copy without identifiers keeps by default."""
@@ -169,14 +169,12 @@ def push(
 
 @contextmanager
 def _as_store_error(what: str, repo_id: str) -> Iterator[None]:
-    """Turn every error of the Hub into a StoreError."""
+    """Turn the errors of Hub calls into a StoreError."""
     try:
         yield
-    except BrainFoundError:
-        raise
-    except Exception as error:  # of the Hub, its HTTP library, the network or the disk
-        remedy = "Check the id (owner/name), the connection and the login"
-        raise StoreError(what, where=repo_id, got=describe_hub_error(error), remedy=remedy) from error
+    except hub_errors() as error:
+        got, remedy = describe_hub_error(error, "Check the id (owner/name), the connection and the login")
+        raise StoreError(what, where=repo_id, got=got, remedy=remedy) from error
 
 
 def download(

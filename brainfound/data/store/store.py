@@ -93,9 +93,19 @@ class Store(StoreReader):
 
     @staticmethod
     def concatenate(stores: Sequence[Store]) -> Store:
-        """Several stores as one; nothing is copied. They must have the same preprocessing, and no session in common."""
+        """Several stores as one; nothing is copied.
+
+        They must have the same preprocessing, and no session in common. What all of them withhold stays withheld.
+        """
         if not stores:
             raise UsageError("nothing to concatenate", where="concatenate")
+        withheld = stores[0].withheld
+        if any(store.withheld != withheld for store in stores):
+            got = "; ".join(f"without {', '.join(store.withheld) or 'none'}" for store in stores)
+            remedy = "Restrict all of them to the same contrasts"
+            raise UsageError("the stores withhold different contrasts", where="concatenate", got=got, remedy=remedy)
+        if withheld:
+            return _RestrictedStore(Store.concatenate([_whole(store) for store in stores]), withheld)
         for other in stores[1:]:
             if other.preprocessing != stores[0].preprocessing:
                 raise UsageError(
@@ -162,25 +172,33 @@ def _reopen(known: tuple[tuple[Path, str], ...], origin: np.ndarray) -> Store:
 
 
 def restrict_contrasts(store: Store, contrasts: Sequence[str] | None) -> Store:
-    """The store as if only some contrasts had been scanned; None shows all.
+    """The store as if only some contrasts had been scanned; None leaves it as it is.
+
+    What the given store withholds stays withheld.
 
     Experiments with and without a contrast must use the same sessions, labels and split. So sessions, hash and order of
     channels stay, and a withheld contrast is absent and reads as zeros. A session without any of the shown contrasts
     stays, with no contrast present; training and scoring leave it out.
     """
-    whole = store.whole if isinstance(store, _RestrictedStore) else store
     if contrasts is None:
-        return whole
-    shown = [parse_contrast(name) for name in contrasts]
+        return store
+    whole = _whole(store)
+    given = [parse_contrast(name) for name in contrasts]
     expected = ", ".join(whole.contrasts)
-    for name in shown:
+    for name in given:
         if name not in whole.contrasts:
             what, remedy = f"{name} is not a contrast of the store", did_you_mean(name, whole.contrasts)
             raise UsageError(what, where="contrasts", expected=expected, remedy=remedy)
+    shown = [name for name in given if name not in store.withheld]
     if not shown:
-        raise UsageError("no contrast would be shown", where="contrasts", expected=expected)
+        expected = ", ".join(store.shown)
+        raise UsageError("no contrast would be shown", where="contrasts", got=", ".join(given), expected=expected)
     withheld = tuple(name for name in whole.contrasts if name not in shown)
     return _RestrictedStore(whole, withheld) if withheld else whole
+
+
+def _whole(store: Store) -> Store:
+    return store.whole if isinstance(store, _RestrictedStore) else store
 
 
 class _RestrictedStore(Store):
@@ -214,6 +232,9 @@ class _RestrictedStore(Store):
         raise self._withheld_error("its rows hold all contrasts")
 
     def save(self, folder: str | Path, *, keep_ids: bool = True) -> Store:
+        raise self._withheld_error("a copy would hold all contrasts")
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, keep_ids: bool = False, **options: Any) -> str:
         raise self._withheld_error("a copy would hold all contrasts")
 
     def _pixels(self, session: int) -> np.ndarray:

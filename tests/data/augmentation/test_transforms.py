@@ -14,6 +14,7 @@ from scipy import fft, ndimage
 from scipy.interpolate import BSpline
 
 from brainfound.data.augmentation import ViewsRecipe, random_affine
+from brainfound.data.augmentation.recipe import MAX_BLUR_SIGMA_PIXELS
 from brainfound.data.augmentation.transforms import (
     MAX_DISPLACEMENT,
     displacement_field,
@@ -206,3 +207,11 @@ def test_blur_is_gaussian_per_image():
                 images[index, part].double().numpy(), sigma[index], mode="nearest", radius=4
             )
             np.testing.assert_allclose(blurred[index, part].numpy(), expected, atol=1e-6)
+
+
+def test_the_widest_blur_of_a_recipe_is_as_wide_as_it_says():
+    image = torch.zeros(1, 1, 1, 61)
+    image[..., 30] = 1
+    for sigma in (0.6, MAX_BLUR_SIGMA_PIXELS):
+        line = gaussian_blur(image.expand(-1, -1, 61, -1), torch.tensor([sigma]))[0, 0, 30]
+        assert float((line * (torch.arange(61.0) - 30) ** 2).sum().sqrt()) == pytest.approx(sigma, rel=0.03)

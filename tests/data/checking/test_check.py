@@ -10,14 +10,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brainfound.data.checking.check import check_session, load_model_contract, scan_to_dict, session_from_files
+from brainfound.data.checking.check import check_session, load_model_contract, scan_to_dict
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.checking.mean_stack import coarse_volume, encode
 from brainfound.data.checking.rules import age_finding, skull_finding, slices_finding, worst_level
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing.settings import Preprocessing
-from brainfound.errors import ModelError, UsageError
+from brainfound.errors import ModelError
 
 PREPROCESSING = Preprocessing(contrasts=("T1w", "FLAIR"), spacing_mm=(4, 4, 4), size=(48, 48))
 CONTRACT = InputContract(
@@ -373,17 +373,6 @@ def test_the_same_file_twice_and_further_scans(tmp_path):
     session = Session("s", "1", {"T1w": file}, {}, {}, extra_scans=(("T1w", tmp_path / "other.nii"),))
     further = check_session(session, PREPROCESSING, CONTRACT).scans[1]
     assert (further.level, further.is_used) == ("note", False)
-
-
-def test_files_become_a_session_as_in_predict(tmp_path):
-    t1, odd = _write(tmp_path / "x_T1w.nii.gz"), _write(tmp_path / "odd.nii.gz")
-    session = session_from_files([str(t1), f"flair={odd}"], ("T1w", "FLAIR"))
-    assert session.scans == {"T1w": t1, "FLAIR": odd}
-    assert session_from_files([str(odd)], ("FLAIR",)).scans == {"FLAIR": odd}
-    with pytest.raises(UsageError, match="file name does not state the contrast"):
-        session_from_files([str(odd)], ("T1w", "FLAIR"))
-    with pytest.raises(UsageError, match="two scans of T1w"):
-        session_from_files([str(t1), f"T1w={odd}"], ("T1w", "FLAIR"))
 
 
 def test_plain_values_keep_names_only_if_asked(tmp_path):

@@ -316,7 +316,12 @@ def test_saved_and_loaded_settings_are_equal(tmp_path):
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("spaccing_mm=[1,1,1]", "Did you mean spacing_mm"), ("contrasts=[T9w]", "T9w"), ("percentiles=[99,1]", "rise")],
+    [
+        ("spaccing_mm=[1,1,1]", "Did you mean spacing_mm"),
+        ("contrasts=[T9w]", "T9w"),
+        ("percentiles=[99,1]", "rise"),
+        ("ranges={T2: [0, 90], flair: [0, 5], t2w: [1, 80]}", "ranges holds T2w twice, as T2 and t2w"),
+    ],
 )
 def test_settings_refuse_what_they_do_not_know(override, message):
     with pytest.raises(RecipeError, match=message):

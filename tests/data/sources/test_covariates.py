@@ -71,6 +71,30 @@ def test_an_age_in_a_unit_of_its_own_outranks_the_sidecar(tmp_path):
     assert "given in months" in notes
 
 
+@pytest.mark.parametrize(
+    ("header", "row", "described", "years"),
+    [
+        ("Age_Years,AGE", "34,408", "AGE", 34),
+        ("age,age_years", "408,34", "age", 34),
+        ("age_years,age", "408,34", "age_years", 34),
+        ("age_at_scan,age", "408,34", "age_at_scan", 34),
+        ("Alter", "408", "alter", 34),
+    ],
+)
+def test_a_unit_belongs_to_its_column(tmp_path, header, row, described, years):
+    (tmp_path / "manifest.csv").write_text(f"subject,contrast,path,{header}\np1,T1w,a.nii,{row}\n")
+    (tmp_path / "manifest.json").write_text(json.dumps({described: {"Units": "months"}}))
+    (session,) = Cohort.read(tmp_path).sessions()
+    assert session.covariates["age_years"] == years
+
+
+def test_levels_belong_to_their_column(tmp_path):
+    (tmp_path / "manifest.csv").write_text("subject,contrast,path,sex,gender\n1,T1w,a.nii,1,1\n2,T1w,b.nii,,1\n")
+    levels = {"sex": {"0": "male", "1": "female"}, "gender": {"1": "man", "2": "woman"}}
+    (tmp_path / "manifest.json").write_text(json.dumps({name: {"Levels": each} for name, each in levels.items()}))
+    assert [session.covariates["sex"] for session in Cohort.read(tmp_path).sessions()] == ["F", "M"]
+
+
 @pytest.mark.parametrize("column", ["sex", "Gender"])
 def test_words_for_the_sexes_are_one(tmp_path, column):
     words = ("F", "f", "Female", "woman", "W", "weiblich", "M", "male", "Man", "männlich", "other", "n/a")

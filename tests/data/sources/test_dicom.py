@@ -79,6 +79,21 @@ def write_series(folder: Path, *, study: str | None = None, pixels: bool = True,
     return study
 
 
+def code(meaning: str) -> Dataset:
+    """An item of a sequence of codes."""
+    item = Dataset()
+    item.CodeMeaning = meaning
+    return item
+
+
+def usage(administered: str) -> Dataset:
+    """A functional group that states whether a contrast agent was given."""
+    group, item = Dataset(), Dataset()
+    item.ContrastBolusAgentAdministered = administered
+    group.ContrastBolusUsageSequence = [item]
+    return group
+
+
 def text_of(folder: Path) -> str:
     """All that is written below a folder, names and contents."""
     names = " ".join(str(file.relative_to(folder)) for file in folder.rglob("*"))
@@ -297,7 +312,6 @@ GR, SE = {"ScanningSequence": "GR"}, {"ScanningSequence": "SE"}
         ({"SeriesDescription": "t1_space_post gd"}, "T1ce"),
         ({"SeriesDescription": "T1 pre contrast"}, "T1w"),
         ({"SeriesDescription": "T1 w/o contrast"}, "T1w"),
-        ({"SeriesDescription": "t1_se", "ContrastBolusIngredient": "GADOLINIUM"}, "T1ce"),
         ({"SeriesDescription": "Sag T1 FLAIR"}, "T1w"),
         ({"SeriesDescription": "t2_space_dark-fluid"}, "FLAIR"),
         ({"SeriesDescription": "AX T2 FLAIR"}, "FLAIR"),
@@ -319,7 +333,6 @@ GR, SE = {"ScanningSequence": "GR"}, {"ScanningSequence": "SE"}
         ({**GR, "EchoTime": 0.003, "RepetitionTime": 2.3, "InversionTime": 0.9}, "T1w"),
         ({**GR, "EchoTime": 0.003}, "unknown"),
         ({**SE, "SeriesDescription": "Ax T2 FLAIR", "EchoTime": 0.12, "RepetitionTime": 9}, "FLAIR"),
-        ({"SeriesDescription": "t1_se", "ContrastBolusIngredient": "NONE"}, "T1w"),
         ({"SeriesDescription": "TOF", "ImageType": ["DERIVED", "PRIMARY", "MAX_IP"]}, "unknown"),
         ({**SE, "EchoTime": 0.1, "RepetitionTime": 4}, "T2w"),
         ({**SE, "EchoTime": 0.1, "RepetitionTime": 9, "InversionTime": 2.5}, "FLAIR"),
@@ -329,6 +342,29 @@ GR, SE = {"ScanningSequence": "GR"}, {"ScanningSequence": "SE"}
 )
 def test_contrasts_of_series(sidecar, contrast):
     assert contrast_from_sidecar(json.loads(json.dumps(sidecar))) == contrast
+
+
+@pytest.mark.parametrize(
+    ("header", "contrast"),
+    [
+        ({"ContrastBolusAgent": "Gadovist 7 ml"}, "T1ce"),
+        ({"ContrastBolusIngredient": "GADOLINIUM"}, "T1ce"),
+        ({"ContrastBolusAgentSequence": [code("Gadoteric acid")]}, "T1ce"),
+        ({"ContrastBolusAgent": "DOTAREM", "SeriesDescription": "T1 pre contrast"}, "T1w"),
+        ({"ContrastBolusAgent": "Gadavist", "SeriesDescription": "t2_tse_tra"}, "T2w"),
+        ({"ContrastBolusAgent": "NO CONTRAST"}, "T1w"),
+        ({"ContrastBolusAgent": "", "ContrastBolusIngredient": "NONE"}, "T1w"),
+        ({"ContrastBolusAgent": "0 ml"}, "T1w"),
+        ({"ContrastBolusAgentSequence": []}, "T1w"),
+        ({"ContrastBolusAgent": "Gadovist", "SharedFunctionalGroupsSequence": [usage("NO")]}, "T1w"),
+        ({"ContrastBolusAgent": "Gadovist", "SharedFunctionalGroupsSequence": [usage("YES")]}, "T1ce"),
+    ],
+)
+def test_an_agent_in_the_header_makes_a_t1w_a_t1ce(tmp_path, header, contrast):
+    write_series(tmp_path / "in" / "p1", **header)
+    (session,) = Cohort.read(tmp_path / "in", work=tmp_path / "work").sessions()
+    assert list(session.scans) == [contrast]
+    assert "gado" not in text_of(tmp_path / "work")
 
 
 def series_in(folder: Path, *headers: dict[str, str]) -> list[Series]:

@@ -204,6 +204,12 @@ def test_shots_that_are_not_there_are_refused():
         few_shot(subjects, [15], 0)
     with pytest.raises(UsageError, match="positive"):
         few_shot(subjects, [0], 0)
+    for missing in ([None] * 20, [float("nan")] * 20):
+        with pytest.raises(UsageError, match="column disease: no session has a label. Fill it"):
+            few_shot(subjects, [1], 0, {"disease": missing})
+    assert members(few_shot(subjects, [2], 0, {"rarity": labels})[2], subjects) == members(
+        few_shot(subjects, [2], 0, labels)[2], subjects
+    )
     unlabelled = [None if n % 2 else "a" if n % 4 else "b" for n in range(20)]
     few = few_shot(subjects, [2], 0, unlabelled)
     assert all(unlabelled[i] for i in few[2]["train"])

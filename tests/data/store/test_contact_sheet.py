@@ -210,6 +210,19 @@ def test_left_stays_left_and_long_pixels_are_drawn_long(tmp_path):
     assert heights / widths == pytest.approx(2, rel=0.1), "rows are 2 mm apart and columns 1 mm"
 
 
+def test_sessions_with_pixels_of_other_sizes_have_one_scale(tmp_path):
+    cards = []
+    for number, millimetres in enumerate((1.0, 2.0)):
+        pixels = np.zeros((3, 1, 40, 40), np.uint8)
+        pixels[:, :, 5:35, 5:35] = 240 - 80 * number
+        affine = np.array([[0, 0, millimetres, 0], [0, -millimetres, 0, 0], [3.0, 0, 0, 0], [0, 0, 0, 1]])
+        stack = Stack(pixels, ("T1w",), np.array([True]), np.zeros(3, np.float32), affine, (3, 3, 3), np.eye(4))
+        cards.append(card_from_stack(stack, "1"))
+    page = _pixels(draw_contact_sheet(cards, ("T1w",), tmp_path / "a.png", ""))[..., 0].astype(int)
+    small, large = (np.count_nonzero(np.abs(page - value) < 4) for value in (240, 160))
+    assert large / small == pytest.approx(4, rel=0.15), "the same square of pixels is twice as long and wide"
+
+
 def test_a_card_of_a_stack_shows_what_is_absent():
     pixels = np.full((9, 2, 8, 8), 7, np.uint8)
     stack = Stack(pixels, ("T1w", "FLAIR"), np.array([True, False]), np.arange(9.0), np.eye(4), (3, 3, 3), np.eye(4))

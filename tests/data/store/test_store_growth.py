@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from brainfound.data.cohort import Session
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.store import Store
 from brainfound.data.store import plan as store_plan
@@ -55,6 +56,24 @@ def rows_of(source, keep):
     table = pd.read_csv(whole, sep="\t", dtype={"session": str})
     table[[keep(subject) for subject in table["subject"]]].to_csv(file, sep="\t", index=False)
     return table
+
+
+@pytest.mark.parametrize("given", ["x.img", "x.hdr", "x.IMG", "x.HDR", "x.img.gz", "x.hdr.gz", "x.IMG.GZ"])
+@pytest.mark.parametrize("changed", ["hdr", "img"])
+def test_either_file_of_a_pair_is_an_input_of_the_store(tmp_path, given, changed):
+    names = {"hdr": given.replace("img", "hdr").replace("IMG", "HDR")}
+    names["img"] = names["hdr"].replace("hdr", "img").replace("HDR", "IMG")
+    for name in names.values():
+        (tmp_path / name).write_bytes(b"one")
+    session = Session("p1", "1", {"T1w": tmp_path / given}, {}, {})
+
+    def fingerprint() -> dict:
+        return store_plan.SourceFingerprints.of([session], tmp_path, SETTINGS, "mask", []).files
+
+    before = fingerprint()
+    assert fingerprint() == before
+    (tmp_path / names[changed]).write_bytes(b"another")
+    assert fingerprint() != before
 
 
 def stop_after_the_first_shard(source, out, monkeypatch) -> None:

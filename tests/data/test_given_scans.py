@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from brainfound.data.given_scans import parse_inputs, session_from_scans
 from brainfound.errors import ScanError, UsageError
-from brainfound.inference.scans import parse_inputs, session_from_scans
 
 
 @pytest.fixture
@@ -21,13 +21,13 @@ def scans(tmp_path):
 def test_a_name_that_says_nothing_is_the_contrast_that_is_left(scans):
     session, notes = session_from_scans([scans["a"]], {"flair": scans["b"]}, ("T1w", "FLAIR"))
     assert session.scans == {"T1w": scans["a"], "FLAIR": scans["b"]}
-    assert notes == ["a.nii.gz was read as T1w: its name does not say, and no other contrast was left"]
+    assert notes == ["a.nii.gz was read as T1w: the file name does not state the contrast, and no other one was left"]
     session, notes = session_from_scans([scans["a"]], {}, ("T2w",))
     assert (session.scans, notes) == ({"T2w": scans["a"]}, [])
 
 
 def test_nothing_is_guessed_where_two_are_left(scans):
-    with pytest.raises(UsageError, match=r"does not state the contrast.*expected T1w, T2w\)\. Say it: T2w=a\.nii\.gz"):
+    with pytest.raises(UsageError, match=r"does not state.*expected T1w, T2w\)\. Name the contrast: T2w=a\.nii\.gz"):
         session_from_scans([scans["a"]], {"flair": scans["b"]}, ("T1w", "T2w", "FLAIR"))
     with pytest.raises(UsageError, match="does not state the contrast"):
         session_from_scans([scans["a"], scans["c"]], {"flair": scans["b"]}, ("T1w", "T2w", "FLAIR"))
@@ -43,6 +43,30 @@ def test_a_file_that_does_not_exist_is_not_judged_by_its_name(scans, tmp_path, n
         assert error.value.where == str(tmp_path / "in" / name)
     text = str(tmp_path / "visit=2" / name)
     assert parse_inputs([text]) == ([Path(text)], {})
+
+
+@pytest.mark.parametrize("allow_others", [False, True])  # predict and check
+def test_predict_and_check_read_the_same_scans(scans, allow_others):
+    def read(*arguments: str) -> dict[str, Path]:
+        given = parse_inputs(arguments)
+        return session_from_scans(*given, ("T1w", "FLAIR"), allow_others=allow_others)[0].scans
+
+    a, b = scans["a"], scans["b"]
+    assert read(f"T1w={a}", str(b)) == {"T1w": a, "FLAIR": b}
+    with pytest.raises(UsageError, match="the same file is given as T1w and as FLAIR"):
+        read(f"T1w={a}", f"flair={a}")
+    with pytest.raises(UsageError, match="two scans of T1w"):
+        read(str(scans["s1_T1w"]), f"T1w={a}")
+    with pytest.raises(UsageError, match="two scans of T1w"):
+        read(f"T1w={a}", f"t1={b}")
+
+
+def test_a_contrast_of_no_use_to_the_model_is_for_check_only(scans):
+    given = ([scans["s1_T1w"]], {"swi": scans["a"]})
+    with pytest.raises(UsageError, match="not trained with SWI"):
+        session_from_scans(*given, ("T1w",))
+    session, _ = session_from_scans(*given, ("T1w",), allow_others=True)
+    assert set(session.scans) == {"T1w", "SWI"}
 
 
 def test_bids_names_state_subject_and_session(tmp_path):

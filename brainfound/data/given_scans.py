@@ -32,7 +32,11 @@ def parse_inputs(inputs: Iterable[str]) -> tuple[list[Path], dict[str, Path]]:
 
 
 def session_from_scans(
-    paths: Sequence[str | Path], contrast_paths: Mapping[str, str | Path], contrasts: Sequence[str]
+    paths: Sequence[str | Path],
+    contrast_paths: Mapping[str, str | Path],
+    contrasts: Sequence[str],
+    *,
+    allow_others: bool = False,
 ) -> tuple[Session, list[str]]:
     """Group files into one session; returns it with notes on what the file names do not state.
 
@@ -43,9 +47,11 @@ def session_from_scans(
             remaining contrast.
         contrast_paths: scans by contrast, in any spelling.
         contrasts: contrasts that the model reads.
+        allow_others: accept scans of other contrasts.
 
     Raises:
-        UsageError: a contrast is given twice, is not one of the model's, or does not follow from the name.
+        UsageError: a contrast or a file is given twice, a contrast is not one of the model's, or does not follow from
+            the name.
         ScanError: a file does not exist.
     """
     given = [Path(path) for path in (*paths, *contrast_paths.values())]
@@ -55,22 +61,21 @@ def session_from_scans(
     notes = []
     for name, path in contrast_paths.items():
         contrast, named = parse_contrast(name), parse_filename(Path(path))
-        _add(scans, contrast, Path(path), contrasts)
+        _add(scans, contrast, Path(path), None if allow_others else contrasts)
         if named.contrast != contrast and not named.is_silent:
-            says = named.reason if named.contrast == UNKNOWN else named.contrast
-            notes.append(f"{Path(path).name} was given as {contrast}, but its name says {says}")
+            suggested = named.reason if named.contrast == UNKNOWN else named.contrast
+            notes.append(f"{Path(path).name} was given as {contrast}, but the file name suggests {suggested}")
     for path in map(Path, paths):
         named = parse_filename(path)
         contrast = named.contrast
         if contrast == UNKNOWN:
             contrast = _only_remaining_contrast(path, named, scans, contrasts, alone=len(paths) == 1)
             if len(contrasts) > 1:
-                notes.append(
-                    f"{path.name} was read as {contrast}: its name does not say, and no other contrast was left"
-                )
-        _add(scans, contrast, path, contrasts)
+                why = "the file name does not state the contrast, and no other one was left"
+                notes.append(f"{path.name} was read as {contrast}: {why}")
+        _add(scans, contrast, path, None if allow_others else contrasts)
     if not scans:
-        raise UsageError("no scan was given", where="predict", expected=", ".join(contrasts))
+        raise UsageError("no scan was given", expected=", ".join(contrasts))
     return Session(
         _stated(given, "sub", notes), _stated(given, "ses", notes).removeprefix("ses-"), scans, {}, {}
     ), notes
@@ -97,12 +102,12 @@ def _only_remaining_contrast(
         where=path.name,
         got=None if named.is_silent else named.reason,
         expected=", ".join(left or contrasts),
-        remedy="Give a scan" if named.label_column else f"Say it: {(left or contrasts)[-1]}={path.name}",
+        remedy="Give a scan" if named.label_column else f"Name the contrast: {(left or contrasts)[-1]}={path.name}",
     )
 
 
-def _add(scans: dict[str, Path], contrast: str, path: Path, contrasts: Sequence[str]) -> None:
-    if contrast not in contrasts:
+def _add(scans: dict[str, Path], contrast: str, path: Path, contrasts: Sequence[str] | None) -> None:
+    if contrasts is not None and contrast not in contrasts:
         raise UsageError(
             f"the model was not trained with {contrast}",
             where=path.name,
