@@ -4,7 +4,7 @@
 
 Pretraining of a checkpoint that has seen images but no brains is continued on simulated scans of two sites with the
 safe ladder and several seeds, and the encoder is probed frozen at a third site. Results are kept in --work and reused.
-The procedure and its limits are described in docs/reference/benchmarks.md.
+The procedure and its limits are described in docs/explanation/measurement.md.
 """
 
 from __future__ import annotations
