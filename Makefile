@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/brainfound demo --out demo --overwrite
 
-# Two test processes with one thread each are faster on two cores than one with two.
+# Two processes with one thread each; more with `pytest -n` on a larger machine.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 

@@ -4,7 +4,7 @@
 
 Pretraining of a checkpoint that has seen images but no brains is continued on simulated scans of two sites with the
 safe ladder and several seeds, and the encoder is probed frozen at a third site. Results are kept in --work and reused.
-The procedure and its limits are described in docs/reference/benchmarks.md.
+The procedure and its limits are described in docs/explanation/measurement.md.
 """
 
 from __future__ import annotations
@@ -264,10 +264,10 @@ def table(result: dict[str, Any]) -> str:
 
 def _furthest(run: dict[str, Any], num: int = 3) -> list[tuple[str, str]]:
     """The retention probes that fell furthest from the first look to the last."""
-    ends = {name: (of["scores"][0], of["scores"][-1]) for name, of in run["watched"].items()}
+    ends = {name: (of["scores"][0], of["scores"][-1]) for name, of in run["retention"].items()}
     falls = {name: last - first for name, (first, last) in ends.items() if last is not None}  # None: not finite
     return [
-        (name, " → ".join(f"{run['watched'][name]['scores'][look]:.3f}" for look in (0, -1)))
+        (name, " → ".join(f"{run['retention'][name]['scores'][look]:.3f}" for look in (0, -1)))
         for name in sorted(falls, key=lambda name: falls[name])[:num]
     ]
 

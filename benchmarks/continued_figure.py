@@ -44,14 +44,14 @@ def draw_probes(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], f
 def _probe_names(kinds: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """The probe's target, and the retention probes that every run has."""
     runs = [run for of_kind in kinds.values() for run in of_kind]
-    return ["", *(name for name in runs[0]["watched"] if all(name in run["watched"] for run in runs))]
+    return ["", *(name for name in runs[0]["retention"] if all(name in run["retention"] for run in runs))]
 
 
 def _draw(axes: Axes, kinds: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> None:
     for kind, colour, label in _KINDS:
         for number, run in enumerate(kinds[kind]):
             probe = run["probe"]
-            scores = run["watched"][name]["scores"] if name else probe["linear"]
+            scores = run["retention"][name]["scores"] if name else probe["linear"]
             axes.plot(probe["steps"], scores, color=colour, marker="o", markersize=2, linewidth=1.1,
                       label=label if number == 0 else None)  # fmt: skip
             if run["status"].startswith("stopped"):

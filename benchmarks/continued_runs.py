@@ -116,7 +116,7 @@ def ladder(sizes: Sizes, seed: int, changes: tuple[str, ...] = ()) -> PretrainRe
         f"schedule.head_warmup_steps={scaled(schedule.head_warmup_steps)}",
         *objective_settings, f"guard.grace_steps={scaled(recipe.guard.grace_steps)}",
         f"probe.every={max(1, sizes.steps // sizes.looks)}", f"probe.target={sizes.probe_target}",
-        f"probe.watch=[{','.join(question for question in RETENTION_PROBES if question != 'labels')}]",
+        f"probe.retention=[{','.join(question for question in RETENTION_PROBES if question != 'labels')}]",
         f"engine.checkpoint_every={max(1, sizes.steps // 3)}",
         *changes,
     )  # fmt: skip
@@ -179,13 +179,13 @@ def read_run(folder: Path) -> dict[str, Any]:
             "knn": [line["probe/knn"] for line in probes],
             "standard_error": [line["probe_standard_error"] for line in probes],
         },
-        "watched": {
-            key.removeprefix("watch/"): {
+        "retention": {
+            key.removeprefix("retention/"): {
                 "scores": [line.get(key) for line in probes],
-                "standard_error": [line.get(key.replace("watch/", "watch_error/")) for line in probes],
+                "standard_error": [line.get(key.replace("retention/", "retention_error/")) for line in probes],
             }
             for key in (probes[0] if probes else {})
-            if key.startswith("watch/")
+            if key.startswith("retention/")
         },
         "last": {name: losses[-1].get(name) for name in gauges} if losses else {},
     }

@@ -65,7 +65,7 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     lines = ["| settings | ended | exported step | kept_slices |", "|---|---|---|---|"]
     for kind, of_kind in runs.items():
         for run in of_kind:
-            kept = [score for score in run["watched"]["kept_slices"]["scores"] if score is not None]
+            kept = [score for score in run["retention"]["kept_slices"]["scores"] if score is not None]
             lines.append(f"| {kind} | {run['status']} | {run['exported_step']} | {kept[0]:.2f} → {kept[-1]:.2f} |")
     return "\n".join(lines)
 

@@ -3,8 +3,8 @@
     python benchmarks/memory.py read STORE NUM_SLICES          started by `measure_store_memory`
     python benchmarks/memory.py prepare COHORT WARM_UP OUT     started by `measure_worker_memory`
 
-Linux only: figures come from /proc/self/status. RSS counts the pages of the memory-mapped store that happen to be
-mapped into the process; they belong to the page cache, are shared by all processes and go when memory runs short.
+Linux only: figures come from /proc/self/status. The tables of a store are mapped, its slices are read with preadv. RSS
+counts the mapped pages too; they belong to the page cache, are shared by all processes and go when memory runs short.
 Anonymous memory (RssAnon) is what the process itself holds. A larger store must not need more of the latter.
 """
 

@@ -271,9 +271,9 @@ def test_continued_pretraining_at_tiny_size_and_once_more(continued, tmp_path, c
     assert unsafe["effective_lr"] > 10 * safe["effective_lr"]
     assert safe["probe"]["steps"][0] == 0
     assert len(safe["probe"]["linear"]) > 2
-    for told in safe["watched"].values():
-        assert len(told["scores"]) == len(told["standard_error"]) == len(safe["probe"]["steps"])
-    assert {"slice_position_knn", "patch_texture", "kept_patches"} <= safe["watched"].keys()
+    for probe in safe["retention"].values():
+        assert len(probe["scores"]) == len(probe["standard_error"]) == len(safe["probe"]["steps"])
+    assert {"slice_position_knn", "patch_texture", "kept_patches"} <= safe["retention"].keys()
     assert "  - " in printed.out
     assert "| gain of continued, safe ladder over start | " in printed.out
     assert (work / "probes.png").stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""The road of docs/tutorial/real-data.md in small, on real brains; skipped where they are not there.
+"""The pipeline of docs/tutorial/real-data.md in small, on real brains; skipped where they are not there.
 
 Two patients with multiple sclerosis and one with a glioma go through preparation, pretraining, fine-tuning and
 prediction with a tiny model: grids, orientations and files are checked, not how good the answers are. A stroke

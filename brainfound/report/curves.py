@@ -147,8 +147,8 @@ _PANELS = (
     _Panel("Gram distance to the anchor", ("gram_distance",)),
     _Panel("Gradient norm", ("grad_norm", "grad_norm/*"), log_scale=True),
     _Panel("Probe of the teacher", ("probe", "probe/*"), best="highest", smooth=False),
-    _Panel("Retention probes", ("watch/*",), smooth=False),
-    _Panel("Standard errors of retention probes", ("watch_error/*",), smooth=False),
+    _Panel("Retention probes", ("retention/*",), smooth=False),
+    _Panel("Standard errors of retention probes", ("retention_error/*",), smooth=False),
     _Panel("Skipped steps", ("skipped_steps",), smooth=False),
 )
 

@@ -70,7 +70,7 @@ def make(work: Path) -> tuple[brainfound.Store, dict[str, Path]]:
     runs = {"pretrain": work / "pretrain", "mask": work / "mask", "age": work / "age"}
     if not (runs["pretrain"] / "export").exists():
         steps = ["engine.steps=20", "engine.batch_size=12", "engine.log_every=2"]
-        steps += ["probe.every=10", "probe.max_sessions=12", "probe.watch=[]"]
+        steps += ["probe.every=10", "probe.max_sessions=12", "probe.retention=[]"]
         brainfound.pretrain("pretrain-demo", store, out=runs["pretrain"], quiet=True, overrides=steps)
     start = runs["pretrain"] / "export"
     shared = ["engine.precision=no", "evaluate_every=0", "frozen_baseline=false", "augmentation=mild"]

@@ -100,7 +100,7 @@ def same_encoder(run: Path, start: Path) -> bool:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_safe_settings_are_left_alone(eggs, trained, recipe, tmp_path, seed):
     """Without any grace, and with every look counting."""
-    content = recipe(*COMMON, *SAFE, "engine.steps=30", "guard.confirm_looks=3", f"seed={seed}")
+    content = recipe(*COMMON, *SAFE, "engine.steps=30", "guard.confirm_log_lines=3", f"seed={seed}")
     run = pretrain(content, eggs, trained, tmp_path / "run", quiet=True)
     probes = [line["probe"] for line in log_lines(run, "probe")]
     assert probes[0] > 0.8
@@ -109,7 +109,7 @@ def test_safe_settings_are_left_alone(eggs, trained, recipe, tmp_path, seed):
 
 
 def test_the_settings_of_dinov2_204_are_stopped_and_the_starting_teacher_is_exported(eggs, trained, recipe, tmp_path):
-    content = recipe(*COMMON, *STOCK, *QUICK, "guard.confirm_looks=1000")
+    content = recipe(*COMMON, *STOCK, *QUICK, "guard.confirm_log_lines=1000")
     with pytest.raises(TrainingError, match=r"the probe fell from .* \(step 0\)") as stop:
         pretrain(content, eggs, trained, tmp_path / "run", quiet=True)
     assert "\n" not in str(stop.value)
@@ -130,7 +130,7 @@ def test_a_learning_rate_that_overflows_is_stopped_in_one_line(eggs, trained, re
 
 
 def test_the_settings_of_dinov2_204_are_rolled_back_with_a_lower_rate_and_the_run_ends(eggs, trained, recipe, tmp_path):
-    going_back = ("guard.on_failure=roll_back", "guard.rollback_lr_factor=1e-4", "guard.confirm_looks=1000")
+    going_back = ("guard.on_failure=roll_back", "guard.rollback_lr_factor=1e-4", "guard.confirm_log_lines=1000")
     run = pretrain(recipe(*COMMON, *STOCK, *QUICK, *going_back), eggs, trained, tmp_path / "run", quiet=True)
     (event,) = log_lines(run, "rolled_back_from")
     assert event["step"] == 0
@@ -174,7 +174,7 @@ def test_a_constant_teacher_is_seen_and_the_one_before_is_exported(eggs, trained
             torch.nn.init.zeros_(self.objective.exported_encoder.backbone.layernorm.weight)
 
     monkeypatch.setattr(PretrainTask, "after_step", going_constant)
-    content = recipe(*COMMON, *SAFE, "engine.steps=30", "probe.every=20", "guard.confirm_looks=3")
+    content = recipe(*COMMON, *SAFE, "engine.steps=30", "probe.every=20", "guard.confirm_log_lines=3")
     with pytest.raises(TrainingError, match=r"step 10: .* collapsed: .*effective rank 0.*mean cosine 1\.0000"):
         pretrain(content, eggs, trained, tmp_path / "run", quiet=True)
     assert facts(tmp_path / "run")["exported_step"] == 0
@@ -191,7 +191,7 @@ def test_where_there_is_no_way_back_the_best_teacher_is_exported(eggs, trained, 
         record_probe(self, step, *scores)
 
     monkeypatch.setattr(Guard, "record_probe", tearing)
-    going_back = ("guard.on_failure=roll_back", "guard.confirm_looks=1000")
+    going_back = ("guard.on_failure=roll_back", "guard.confirm_log_lines=1000")
     with pytest.raises(TrainingError, match=r"the probe fell .*, and the checkpoint to return to is damaged") as stop:
         pretrain(recipe(*COMMON, *STOCK, *QUICK, *going_back), eggs, trained, run, quiet=True)
     assert "\n" not in str(stop.value)
@@ -245,7 +245,7 @@ def test_many_such_batches_stop_the_run_in_one_line(eggs, trained, recipe, tmp_p
 
 def test_going_back_gets_past_batches_that_are_not_numbers(eggs, trained, recipe, tmp_path, monkeypatch):
     poison(monkeypatch, range(3, 9))
-    back = ("guard.on_failure=roll_back", "guard.confirm_looks=9", "engine.max_skipped_in_a_row=4")
+    back = ("guard.on_failure=roll_back", "guard.confirm_log_lines=9", "engine.max_skipped_in_a_row=4")
     content = recipe(*COMMON, *SAFE, *back, "engine.steps=8", "probe.every=100")
     run = pretrain(content, eggs, trained, tmp_path / "run", quiet=True)
     (event,) = log_lines(run, "rolled_back_from")

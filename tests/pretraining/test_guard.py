@@ -95,7 +95,7 @@ def test_thresholds_of_rank_are_those_of_the_batch():
 
 
 def test_warnings_do_not_stop():
-    guard = Guard(GuardRecipe(confirm_looks=1, grace_steps=0))
+    guard = Guard(GuardRecipe(confirm_log_lines=1, grace_steps=0))
     line = HEALTHY | {"step": 5, "gram_distance": 0.5}
     assert "Gram distance 0.5" in guard.new_warnings(line)[0]
     guard.on_log_line(5, line)
@@ -144,7 +144,7 @@ def test_a_low_view_margin_with_a_loss_that_is_learnt_is_no_symptom():
     ],
 )
 def test_collapse_stops_after_confirmation_and_only_after_the_grace(symptom):
-    guard = Guard(GuardRecipe(grace_steps=10, confirm_looks=3))
+    guard = Guard(GuardRecipe(grace_steps=10, confirm_log_lines=3))
     for step in range(1, 11):
         guard.on_log_line(step, HEALTHY | symptom)
     guard.on_log_line(11, HEALTHY | symptom)
@@ -157,7 +157,7 @@ def test_collapse_stops_after_confirmation_and_only_after_the_grace(symptom):
 
 
 def test_features_that_are_not_finite_need_no_grace():
-    guard = Guard(GuardRecipe(grace_steps=1000, confirm_looks=2))
+    guard = Guard(GuardRecipe(grace_steps=1000, confirm_log_lines=2))
     broken = HEALTHY | {"effective_rank": math.nan}
     guard.on_log_line(1, broken)
     with pytest.raises(TrainingError, match="collapsed: they are not finite, in 2 log lines"):
@@ -187,7 +187,7 @@ def test_a_failure_goes_back_to_the_best_probe_and_then_stops():
 
 
 def test_there_is_no_going_back_without_a_probe():
-    guard = Guard(GuardRecipe(on_failure="roll_back", confirm_looks=1, grace_steps=0))
+    guard = Guard(GuardRecipe(on_failure="roll_back", confirm_log_lines=1, grace_steps=0))
     with pytest.raises(TrainingError, match="no probe gave a step") as stop:
         guard.on_log_line(1, HEALTHY | {"mean_cosine": 1.0})
     assert not isinstance(stop.value, RollbackRequested)
@@ -197,7 +197,7 @@ def test_there_is_no_going_back_without_a_probe():
 
 def test_after_a_collapse_the_best_probed_teacher_is_exported():
     """It may have come after the last probe, which was still good."""
-    guard = Guard(GuardRecipe(confirm_looks=1, grace_steps=0))
+    guard = Guard(GuardRecipe(confirm_log_lines=1, grace_steps=0))
     guard.record_probe(0, 0.7, 0.01)
     guard.record_probe(5, 0.69, 0.01)
     assert not guard.should_export_best()
@@ -208,9 +208,9 @@ def test_after_a_collapse_the_best_probed_teacher_is_exported():
 
 
 def test_a_disabled_guard_only_counts():
-    guard = Guard(GuardRecipe(enabled=False, grace_steps=0, confirm_looks=1))
+    guard = Guard(GuardRecipe(enabled=False, grace_steps=0, confirm_log_lines=1))
     guard.on_log_line(1, HEALTHY | {"mean_cosine": 1.0})
-    assert guard.state.collapsed_looks == 1
+    assert guard.state.collapsed_log_lines == 1
 
 
 def test_a_probe_drop_stops_when_it_stays():
@@ -226,7 +226,7 @@ def test_a_probe_drop_stops_when_it_stays():
 
 def test_a_retention_drop_stops_when_it_stays():
     """The target rises all the while; the best teacher is of the last probe at which nothing was down."""
-    guard = Guard(GuardRecipe(watch_drop=0.1, watch_errors=3, probe_patience=2))
+    guard = Guard(GuardRecipe(retention_drop=0.1, retention_errors=3, probe_patience=2))
     scores = [(0.5, 0.80, 0.9), (0.6, 0.82, 0.6), (0.7, 0.75, 0.9), (0.8, 0.70, 0.6), (0.9, 0.71, 0.9)]
     for step, (target, texture, place) in enumerate(scores):
         retention = {"texture": (texture, 0.01), "place": (place, 0.2)}  # of place, 0.3 is within three errors
@@ -246,7 +246,7 @@ def test_a_retention_drop_stops_when_it_stays():
 
 
 def test_drops_of_different_things_do_not_add_up():
-    guard = Guard(GuardRecipe(watch_drop=0.1, probe_patience=2))
+    guard = Guard(GuardRecipe(retention_drop=0.1, probe_patience=2))
     guard.record_probe(0, 0.5, 0.0, {"texture": (0.8, 0.0), "place": (0.9, 0.0)})
     for step in range(1, 7):
         low = "texture" if step % 2 else "place"
@@ -306,8 +306,8 @@ def test_a_checkpoint_without_retention_state_is_restored():
 
 
 def test_retention_scores_are_read_from_a_log_line():
-    line = {"probe": 0.5, "watch/sex": 0.8, "watch_error/sex": 0.1, "watch/patch_texture": 0.4}
-    assert read_retention_scores(line | {"watch_error/patch_texture": 0.0}) == {
+    line = {"probe": 0.5, "retention/sex": 0.8, "retention_error/sex": 0.1, "retention/patch_texture": 0.4}
+    assert read_retention_scores(line | {"retention_error/patch_texture": 0.0}) == {
         "sex": (0.8, 0.1),
         "patch_texture": (0.4, 0.0),
     }

@@ -37,7 +37,7 @@ def test_run_folder_is_complete(finished, store):
     assert [line["step"] for line in log_lines(finished, "probe")] == [0, 3, 6]
 
 
-def test_what_is_watched_is_logged_and_a_later_process_finds_the_start_again(finished, store, recipe):
+def test_retention_is_logged_and_a_later_process_finds_the_start_again(finished, store, recipe):
     from brainfound.pretraining.monitoring.guard import read_retention_scores
     from brainfound.pretraining.monitoring.probes import Probe
 
@@ -291,7 +291,7 @@ def test_a_poisoned_batch_leaves_weights_and_teacher_alone(store, recipe, tmp_pa
 
 
 def test_collapse_stops_with_an_export(store, recipe, tmp_path):
-    content = recipe("guard.grace_steps=1", "guard.confirm_looks=2", "guard.max_mean_cosine=0.01", "probe.every=0")
+    content = recipe("guard.grace_steps=1", "guard.confirm_log_lines=2", "guard.max_mean_cosine=0.01", "probe.every=0")
     with pytest.raises(TrainingError, match="mean cosine") as stop:
         pretrain(content, store, out=tmp_path / "run", quiet=True)
     assert stop.value.exit_code == 1

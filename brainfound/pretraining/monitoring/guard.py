@@ -1,4 +1,4 @@
-"""The guard: collapse metrics and probe scores, and a stop or a rollback before a run ruins its model.
+"""The guard: collapse metrics and probe scores that stop a run, or roll it back, before it ruins its model.
 
 Collapse shows in log lines: features that span few directions (effective rank, mean cosine), crops of one image no more
 alike than others (view margin), unused prototypes (teacher entropy), or a CLS loss of ln K, the cost of a uniform
@@ -115,7 +115,7 @@ class GuardRecipe(Recipe):
     """Whether the guard may stop the run or roll it back; collapse metrics are logged in any case."""
     grace_steps: int = Field(default=1000, ge=0)
     """Initial steps in which collapse metrics do not count: new heads, and features of new weights, look collapsed."""
-    confirm_looks: int = Field(default=5, ge=1)
+    confirm_log_lines: int = Field(default=5, ge=1)
     """Log lines in a row that must show collapse."""
     min_teacher_entropy: float = Field(default=0.1, ge=0, le=1)
     """Entropy of the teacher's mean output over ln K; 0.7–1 is healthy, below this is collapse."""
@@ -138,13 +138,13 @@ class GuardRecipe(Recipe):
     """A score this far below the best one, and by at least two standard errors, is a drop."""
     probe_patience: int = Field(default=3, ge=1)
     """Probes in a row that must show the drop, of the target or of one and the same retention probe."""
-    watch_drop: float = Field(default=0.05, ge=0)
-    """A retention probe (`probe.watch`) this far below its own best score, and by `watch_errors` standard errors of
-    its difference to the start, is a drop."""
+    retention_drop: float = Field(default=0.05, ge=0)
+    """A retention probe (`probe.retention`) this far below its own best score, and by `retention_errors` standard
+    errors of its difference to the start, is a drop."""
     kept_drop: float = Field(default=0.2, ge=0)
     """The same for the start's features (`kept_slices`, `kept_patches`): learning changes features, so only the loss of
     a fifth of their linear information is a drop. At 1 or above it is only logged."""
-    watch_errors: float = Field(default=3.0, ge=0)
+    retention_errors: float = Field(default=3.0, ge=0)
     """More than the target's two because there are many retention probes: at three, 1 in 700 drops by chance."""
     on_failure: Literal["stop", "roll_back"] = "stop"
     """After a confirmed failure: stop, or return to the checkpoint of the best probe with a lower learning rate."""
@@ -173,15 +173,15 @@ class RetentionState:
 
 def read_retention_scores(line: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Score and standard error of each retention probe in a line of the log."""
-    names = [key.removeprefix("watch/") for key in line if key.startswith("watch/")]
-    return {name: (line[f"watch/{name}"], line[f"watch_error/{name}"]) for name in names}
+    names = [key.removeprefix("retention/") for key in line if key.startswith("retention/")]
+    return {name: (line[f"retention/{name}"], line[f"retention_error/{name}"]) for name in names}
 
 
 @dataclass
 class GuardState:
     """The guard's memory; part of every checkpoint. A drop begins `last_margin` below the best score."""
 
-    collapsed_looks: int = 0
+    collapsed_log_lines: int = 0
     dropped_probes: int = 0
     first_score: float | None = None
     best_score: float | None = None
@@ -271,13 +271,13 @@ class Guard(RollbackPolicy):
         return new
 
     def on_log_line(self, step: int, line: Mapping[str, Any]) -> None:
-        """Judge the collapse metrics of a line; `confirm_looks` bad ones in a row are a failure (`handle_failure`)."""
+        """Judge the collapse metrics of a line; `confirm_log_lines` bad ones in a row are a failure."""
         symptoms = self.collapse_symptoms(line)
         # Features that are not finite never recover, so they get no grace.
         counts = step > self.recipe.grace_steps or math.isnan(line.get("effective_rank", 0.0))
-        self.state.collapsed_looks = self.state.collapsed_looks + 1 if symptoms and counts else 0
-        if self.state.collapsed_looks >= self.recipe.confirm_looks:
-            lines = f"in {self.state.collapsed_looks} log lines in a row"
+        self.state.collapsed_log_lines = self.state.collapsed_log_lines + 1 if symptoms and counts else 0
+        if self.state.collapsed_log_lines >= self.recipe.confirm_log_lines:
+            lines = f"in {self.state.collapsed_log_lines} log lines in a row"
             what = f"the features collapsed: {'; '.join(symptoms)}, {lines}"
             self.handle_failure(step, what, "Lower optim.lr or lengthen schedule.head_warmup_steps")
 
@@ -324,8 +324,8 @@ class Guard(RollbackPolicy):
             return {}
         after = {}
         for name, (score, error) in retention.items():
-            min_drop = self.recipe.kept_drop if name in ("kept_slices", "kept_patches") else self.recipe.watch_drop
-            margin = max(min_drop, self.recipe.watch_errors * error)
+            min_drop = self.recipe.kept_drop if name in ("kept_slices", "kept_patches") else self.recipe.retention_drop
+            margin = max(min_drop, self.recipe.retention_errors * error)
             probe = after[name] = RetentionState(score, score, step, score, margin)
             if before := self.state.retention.get(name):
                 probe.first_score = before.first_score
@@ -370,7 +370,7 @@ class Guard(RollbackPolicy):
         state = self.state
         state.rollbacks += 1
         state.lr_scale *= self.recipe.rollback_lr_factor
-        state.collapsed_looks = state.dropped_probes = 0
+        state.collapsed_log_lines = state.dropped_probes = 0
         # The kept step is that of the best probe, where no retention probe was dropped.
         state.last_score, state.last_step = state.best_score, state.best_step
         for probe in state.retention.values():

@@ -78,7 +78,7 @@ class ProbeRecipe(Recipe):
     """k of the k-NN probe."""
     patch: bool = False
     """Whether to log how well a linear model predicts the tissue of patches, if the store has masks; no guard."""
-    watch: tuple[RetentionProbeName, ...] = RETENTION_PROBES
+    retention: tuple[RetentionProbeName, ...] = RETENTION_PROBES
     """Retention probes on the same embeddings; [] leaves the guard with the target alone."""
 
 
@@ -104,7 +104,7 @@ class ProbeScores:
         if self.patch is not None:
             scores["probe/patch"] = self.patch
         for name, (score, error) in self.retention.items():
-            scores |= {f"watch/{name}": score, f"watch_error/{name}": error}
+            scores |= {f"retention/{name}": score, f"retention_error/{name}": error}
         return scores | {
             "probe_standard_error": self.standard_error,
             "probe_chance": self.chance,
@@ -153,7 +153,7 @@ class Probe:
         for fold in self.folds:
             require_no_shared_images(store, {part: samples[index] for part, index in fold.items()})
         self.patches = self._patch_probe(sessions) if recipe.patch else None
-        self.retention = self._make_retention_probes() if recipe.watch else None
+        self.retention = self._make_retention_probes() if recipe.retention else None
         self._patch_targets: PatchTargets | None = None
 
     def _make_views(self, sessions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -191,7 +191,7 @@ class Probe:
         if self.target in SLICE_TARGETS:
             subject_index = subject_index[:: self.rows.shape[1]]
         folds = subject_folds[subject_index]
-        probe_names = tuple(name for name in self.recipe.watch if name != self.target)
+        probe_names = tuple(name for name in self.recipe.retention if name != self.target)
         labels = self._labels(folds) if "labels" in probe_names and self.target != "contrast" else {}
         positions = self.store.slice_positions_mm[self.rows]
         return RetentionProbes(probe_names, self.present, subject_index, folds, positions, labels)
