@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from brainfound.contrasts import UNKNOWN, parse_contrast
+from brainfound.data.checking.check import no_contrast_error
 from brainfound.data.cohort import Session
 from brainfound.data.reading.archives import require_given
 from brainfound.data.sources.bids_files import BidsName
@@ -92,13 +93,7 @@ def _only_remaining_contrast(
     left = [name for name in contrasts if name not in scans]
     if alone and len(left) == 1 and named.is_silent:
         return left[0]
-    raise UsageError(
-        "the file name does not state the contrast",
-        where=path.name,
-        got=None if named.is_silent else named.reason,
-        expected=", ".join(left or contrasts),
-        remedy="Give a scan" if named.label_column else f"Say it: {(left or contrasts)[-1]}={path.name}",
-    )
+    raise no_contrast_error(path, named, left or contrasts)
 
 
 def _add(scans: dict[str, Path], contrast: str, path: Path, contrasts: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ def test_a_name_that_says_nothing_is_the_contrast_that_is_left(scans):
 
 
 def test_nothing_is_guessed_where_two_are_left(scans):
-    with pytest.raises(UsageError, match=r"does not state the contrast.*expected T1w, T2w\)\. Say it: T2w=a\.nii\.gz"):
+    with pytest.raises(UsageError, match=r"does not state the contrast.*expected T1w, T2w\)\. Write T2w=a\.nii\.gz"):
         session_from_scans([scans["a"]], {"flair": scans["b"]}, ("T1w", "T2w", "FLAIR"))
     with pytest.raises(UsageError, match="does not state the contrast"):
         session_from_scans([scans["a"], scans["c"]], {"flair": scans["b"]}, ("T1w", "T2w", "FLAIR"))

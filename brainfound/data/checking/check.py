@@ -5,6 +5,7 @@ Scans go through the hooks and are brought onto the model's grid, as in `prepare
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -40,9 +41,9 @@ from brainfound.data.preprocessing.stack import ScanQuality, Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
 from brainfound.data.reading.archives import require_given
 from brainfound.data.reading.scan import Scan, load_scan, read_header
-from brainfound.data.sources.file_names import parse_filename
+from brainfound.data.sources.file_names import FileName, parse_filename, stem
 from brainfound.data.store import Store
-from brainfound.errors import ModelError, ScanError, UsageError
+from brainfound.errors import ScanError, UsageError
 
 
 @dataclass(frozen=True)
@@ -230,14 +231,7 @@ def session_from_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Ses
             if named.is_silent and len(texts) == len(contrasts) == 1:
                 contrast = contrasts[0]
             if contrast == UNKNOWN:
-                remedy = f"Say it: {contrasts[-1]}={file.name}"
-                raise UsageError(
-                    "the file name does not state the contrast",
-                    where=file.name,
-                    got=None if named.is_silent else named.reason,
-                    expected=", ".join(contrasts),
-                    remedy=remedy,
-                )
+                raise no_contrast_error(file, named, contrasts)
         if contrast in scans:
             got = f"{scans[contrast].name} and {file.name}"
             raise UsageError(f"two scans of {contrast}", got=got, remedy="Give one")
@@ -245,11 +239,28 @@ def session_from_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Ses
     return Session(subject="", session="", scans=scans, covariates={}, masks={})
 
 
+def no_contrast_error(file: Path, named: FileName, contrasts: Sequence[str]) -> UsageError:
+    """The error for a file, given as a scan, whose name states no contrast, and for one that names a label map."""
+    if named.label_column:
+        scan = re.sub(r"(_label-[^_]+)?_(mask|dseg)$", "", stem(file))
+        return UsageError(
+            "this is a label map by its name, not a scan",
+            where=file.name,
+            expected=f"a scan: {', '.join(contrasts)}",
+            remedy=f"Give the scan that it was drawn on, such as {scan}_{contrasts[0]}.nii.gz",
+        )
+    return UsageError(
+        "the file name does not state the contrast",
+        where=file.name,
+        got=None if named.is_silent else named.reason,
+        expected=", ".join(contrasts),
+        remedy=f"Write {contrasts[-1]}={file.name}",
+    )
+
+
 def load_model_contract(folder: str | Path) -> tuple[Preprocessing, InputContract]:
     """The preprocessing and the contract of a run, an export, a bundle, or a store (measured now)."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ModelError("no such model", where=folder, remedy="Give a run folder, its export, a bundle or a store")
     if (folder / "store.json").is_file():
         store = Store.open(folder)
         return store.preprocessing, InputContract.of(store)

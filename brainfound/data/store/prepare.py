@@ -13,7 +13,7 @@ from brainfound.data.cohort import Cohort, Session
 from brainfound.data.hooks import Hook, describe_hooks, load_hooks
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.sources.tables import SessionKey
-from brainfound.data.store.executors import Executor, run_jobs
+from brainfound.data.store.executors import Executor, require_executor, run_jobs
 from brainfound.data.store.folder import StoreFolder, partial_path, session_keys
 from brainfound.data.store.plan import (
     SourceFingerprints,
@@ -69,6 +69,7 @@ def prepare(
     Raises:
         CohortError, UsageError, StoreError: the source or an option is faulty, or no store can be written at ``out``.
     """
+    require_executor(executor, scheduler)
     out = resolve_store_path(out)
     cohort = source if isinstance(source, Cohort) else Cohort.read(source, work=out.with_name(out.name + ".nifti"))
     loaded = load_hooks(hooks)
