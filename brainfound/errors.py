@@ -20,13 +20,24 @@ class BrainFoundError(Exception):
         what: the fault, without a full stop.
         where: the file, recipe key or argument.
         remedy: one thing that fixes it, as an imperative sentence.
+        usage: whether the command is wrong as it is written: what it names is not there or is of another kind, or
+            what it would write is there already. The exit code is then that of a `UsageError`.
     """
 
     exit_code = EXIT_FAILED
 
     def __init__(
-        self, what: str, *, where: object = None, got: object = None, expected: object = None, remedy: str | None = None
+        self,
+        what: str,
+        *,
+        where: object = None,
+        got: object = None,
+        expected: object = None,
+        remedy: str | None = None,
+        usage: bool = False,
     ) -> None:
+        if usage:
+            self.exit_code = EXIT_USAGE
         self.what = what
         self.where = None if where is None else str(where)
         self.got = None if got is None else str(got)
@@ -84,6 +95,47 @@ class ModelError(BrainFoundError):
 
 class TrainingError(BrainFoundError):
     """Training cannot start, or stopped to protect the result."""
+
+
+_MARKS = {
+    "store.json": "a store",
+    "recipe.yaml": "a run",
+    "bundle.json": "a fine-tuned model",
+    "summary.json": "an experiment or an evaluation",
+    "config.json": "a model",
+    "dataset_description.json": "a BIDS data set",
+}
+"""File in a folder → what the folder is."""
+_WHOLE = ("store.json", "recipe.yaml", "bundle.json")
+"""Marks of folders whose subfolders are nothing by themselves."""
+
+
+def describe_path(path: str | Path) -> str | None:
+    """What a path leads to, in words; None for a folder without a mark, such as a folder of scans."""
+    path = Path(path)
+    if path.is_file():
+        return "a zip archive" if path.suffix.lower() == ".zip" else "a file"
+    if marks := [kind for mark, kind in _MARKS.items() if (path / mark).is_file()]:
+        return marks[0]
+    for parent in list(path.absolute().parents)[:3]:
+        if kinds := [_MARKS[mark] for mark in _WHOLE if (parent / mark).is_file()]:
+            return f"a folder inside {kinds[0]}, {parent.name}"
+    try:
+        return None if any(path.iterdir()) else "an empty folder"
+    except OSError:
+        return None
+
+
+def mistaken_for(path: str | Path, due: str) -> str:
+    """The fault of a path that does not lead to what is due.
+
+    >>> mistaken_for("/no/such/folder", "a store")
+    'no such file or folder'
+    """
+    if not Path(path).exists():
+        return "no such file or folder"
+    kind = describe_path(path)
+    return f"this is {kind}, not {due}" if kind else f"not {due}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

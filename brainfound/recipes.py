@@ -23,10 +23,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from brainfound.errors import ModelError, RecipeError, closest_name, did_you_mean
+from brainfound.errors import ModelError, RecipeError, closest_name, did_you_mean, mistaken_for
 
 Room = Literal["train", "adapters", "model_cards"]
 """The root folders that hold recipes."""
+_LISTS: dict[Room, str] = {"train": "recipes", "adapters": "adapters"}
+"""Room → the argument of `brainfound list` that names its recipes."""
 SUFFIX = ".yaml"
 _NO_PRESET = "no_preset"
 """Type of the validation error for an unknown preset."""
@@ -44,6 +46,16 @@ class Recipe(BaseModel):
     def presets(cls) -> Mapping[str, Mapping[str, Any]]:
         """Preset → its fields. A resolved recipe holds the fields, so a later change of a preset does not affect it."""
         return {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_yes_from_numbers(cls, given: Any) -> Any:
+        """Turn true and false into words where a number is due: pydantic would take them for 1 and 0."""
+        if not isinstance(given, Mapping):
+            return given
+        kinds = {name: set(_members(field.annotation)) for name, field in cls.model_fields.items()}
+        numbers = {name for name, members in kinds.items() if {int, float} & members and bool not in members}
+        return {k: str(v).lower() if isinstance(v, bool) and k in numbers else v for k, v in given.items()}
 
     @model_validator(mode="before")
     @classmethod
@@ -98,7 +110,15 @@ def find(name_or_path: str | Path, room: Room) -> Path:
     if is_yaml and path.parent != Path("."):
         remedy = "Check the path, or give a name from `brainfound list recipes`"
         raise RecipeError("no such recipe file", where=path, remedy=remedy)
-    raise RecipeError(f"no {room} recipe named {str(name_or_path)!r}", remedy=did_you_mean(stem, known))
+    if path.exists():
+        remedy = f"Give a name from `brainfound list {_LISTS[room]}`, or a YAML file"
+        raise RecipeError(mistaken_for(path, "a recipe"), where=path, remedy=remedy)
+    kind = "adapter" if room == "adapters" else "training"
+    for other in _LISTS:
+        if other != room and stem in available(other):
+            raise RecipeError(f"{stem} is no {kind} recipe", remedy=f"`brainfound list {_LISTS[room]}` names those")
+    remedy = _suggestion(stem, known) or f"`brainfound list {_LISTS[room]}` names those that there are"
+    raise RecipeError(f"no {kind} recipe named {str(name_or_path)!r}", remedy=remedy)
 
 
 def load(recipe: type[AnyRecipe], name_or_path: str | Path, room: Room, overrides: Iterable[str] = ()) -> AnyRecipe:
@@ -111,7 +131,8 @@ def load(recipe: type[AnyRecipe], name_or_path: str | Path, room: Room, override
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"not valid YAML: {error}", where=path, remedy="Mend the file") from error
+        what = f"not valid YAML: {describe_yaml_fault(error)}"
+        raise RecipeError(what, where=path, remedy="Correct the file") from error
     except OSError as error:
         raise RecipeError(f"cannot be read: {error.strerror}", where=path, remedy="Give a file") from error
     content = {} if content is None else content
@@ -205,11 +226,20 @@ def _preset_fields(kinds: Sequence[type[Recipe]], name: str, where: str) -> Any:
     return deepcopy(presets.get(name, name))
 
 
+def describe_yaml_fault(error: Exception) -> str:
+    """The fault of a YAML text and its place, in one line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    mark = error.problem_mark
+    return f"{error.problem} (line {mark.line + 1})".replace("<stream end>", "the end")
+
+
 def _yaml_value(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"the value is not valid YAML: {error}", where=f"--set …={text}") from error
+        what, remedy = f"the value is not valid YAML: {describe_yaml_fault(error)}", "Close every bracket and quote"
+        raise RecipeError(what, where=f"--set …={text}", remedy=remedy) from error
     if isinstance(value, str):
         with suppress(ValueError):  # YAML 1.1 reads 1e-4 as text; users mean a number
             return float(value)
@@ -261,7 +291,7 @@ def _recipe_error(recipe: type[Recipe], error: ValidationError, source: _Source)
         return _preset_error(first["input"], presets, where)
     # A whole group would be too long for the line, and the message describes the fault anyway.
     has_value = first["type"] != "missing" and not isinstance(first.get("input"), Mapping)
-    got = repr(first.get("input"))[:80] if has_value else None
+    got = _as_written(first.get("input"))[:80] if has_value else None
     choices = _choices(path.annotation)
     if choices and any(item["type"] == "literal_error" and other.keys == path.keys for item, other in errors):
         expected, remedy = f"one of {', '.join(choices)}", _suggestion(str(first["input"]), choices)
@@ -269,7 +299,51 @@ def _recipe_error(recipe: type[Recipe], error: ValidationError, source: _Source)
     # Every member of a union complains about the same value: count places, not errors.
     others = len({other.keys for _, other in errors}) - 1
     more = f" (and {others} more)" if others else ""
-    return RecipeError(first["msg"].removeprefix("Value error, ") + more, where=where, got=got)
+    if (wanted := describe_expected(first, path.annotation)) is None:
+        return RecipeError(first["msg"].removeprefix("Value error, ") + more, where=where, got=got)
+    remedy = None
+    if path.example is not None:
+        text = _as_written(path.example)
+        is_override, key = where.startswith("--set "), ".".join(path.keys)
+        remedy = f"Write --set '{key}={text}'" if is_override else f"Write {path.keys[-1]}: {text}"
+    return RecipeError(f"the value does not fit{more}", where=where, got=got, expected=wanted, remedy=remedy)
+
+
+_EXPECTED = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "keys with values"),
+    **dict.fromkeys(("tuple_type", "list_type", "missing", "too_long", "too_short"), "a list"),
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "{ge} or more",
+    "less_than": "less than {lt}",
+    "less_than_equal": "{le} or less",
+}
+"""Type of a validation error → the value expected, with the limits of its context."""
+
+
+def describe_expected(error: Any, annotation: Any = None) -> str | None:
+    """The value expected by one of pydantic's errors, in plain words; None if its message is one of ours."""
+    text = _EXPECTED.get(error["type"])
+    if text == "a list":
+        kinds = [get_args(member) for member in _members(annotation) if get_origin(member) is tuple]
+        if error["type"] == "missing" and not kinds:
+            return None
+        text = f"a list of {len(kinds[0])} values" if kinds and Ellipsis not in kinds[0] else "a list"
+    limits = {name: f"{limit:g}" for name, limit in error.get("ctx", {}).items() if isinstance(limit, int | float)}
+    return None if text is None else text.format(**limits)
+
+
+def _as_written(value: Any) -> str:
+    """A value as users write it in YAML, in one line; text in quotes."""
+    if value is None or isinstance(value, bool):
+        return "nothing" if value is None else str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join('null' if item is None else _as_written(item) for item in value)}]"
+    return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def _preset_error(name: str, presets: Iterable[str], where: str) -> RecipeError:
@@ -310,6 +384,8 @@ class _ErrorPath(NamedTuple):
     """The models that may own the last key."""
     annotation: Any
     """The type at the end of the path; None if it is not known."""
+    example: Any = None
+    """A valid value of a list, its default; None for other keys."""
 
 
 def _follow(recipe: type[BaseModel], location: Sequence[Any]) -> _ErrorPath:
@@ -329,15 +405,24 @@ def _follow(recipe: type[BaseModel], location: Sequence[Any]) -> _ErrorPath:
             annotation = models[0]
             continue
         is_key = any(part in model.model_fields for model in models)
+        if not is_key and part.isdecimal():
+            break  # the place in a list, which is written as a whole
         if not is_key and not tags and len(_members(annotation)) > 1:
             continue  # the name of a union's member, such as "bool" or "literal['auto']"
         keys.append(part)
+        if not is_key and get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+            continue
         owners = models
         fields = [model.model_fields[part] for model in models if part in model.model_fields]
         tags = {tag: model for field in fields for tag, model in _tagged(field).items()}
         annotation = fields[0].annotation if fields else None
         models = [model for field in fields for model in _models_in(field.annotation)] or models
-    return _ErrorPath(tuple(keys), owners, annotation)
+    defaults = [
+        model.model_fields[keys[-1]].get_default() for model in owners if keys and keys[-1] in model.model_fields
+    ]
+    example = next((value for value in defaults if isinstance(value, tuple) and value), None)
+    return _ErrorPath(tuple(keys), owners, annotation, example)
 
 
 def _members(annotation: Any) -> list[Any]:

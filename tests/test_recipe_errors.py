@@ -28,7 +28,7 @@ def message(content: dict, *overrides: str) -> str:
         ("optim.steps=2", "--set optim.steps: unknown key. Did you mean engine.steps?"),
         ("optim.lrr=2", "--set optim.lrr: unknown key. Did you mean optim.lr?"),
         ("engine={stps: 2}", "--set engine.stps: unknown key. Did you mean engine.steps?"),
-        ("engine.steps=many", "--set engine.steps: Input should be a valid integer"),
+        ("engine.steps=many", "--set engine.steps: the value does not fit (got 'many', expected a whole number)"),
         ("views.local_scale=[0.5, 0.1]", "--set views.local_scale: local_scale must be two increasing"),
         (
             "views.global_scale=[2, 4]",
@@ -92,7 +92,9 @@ def test_choices_are_listed(content, expected):
 
 def test_errors_at_several_places_are_counted_once_each():
     content = {"trained": {"part": "x"}, "probe": {"target": "y"}, "seed": -1}
-    assert message(content).startswith("mine.yaml: seed: Input should be greater than or equal to 0 (and 2 more)")
+    assert message(content).startswith(
+        "mine.yaml: seed: the value does not fit (and 2 more) (got -1, expected 0 or more)"
+    )
 
 
 def test_a_recipe_of_another_kind_is_named(tmp_path):

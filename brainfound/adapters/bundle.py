@@ -93,7 +93,8 @@ def save_bundle(
     folder = Path(folder)
     is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if is_taken and not (overwrite and (folder / "bundle.json").is_file()):
-        raise ModelError("the folder is taken", where=folder, remedy="Choose a new folder, or overwrite a bundle")
+        remedy = "Choose a new folder, or overwrite a bundle"
+        raise ModelError("the folder is taken", where=folder, remedy=remedy, usage=True)
     body = unwrap_peft(model)
     _require_bundlable(body, preprocessing)
     folder.parent.mkdir(parents=True, exist_ok=True)

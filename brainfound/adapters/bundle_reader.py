@@ -151,12 +151,12 @@ def is_encoder_key(name: str) -> bool:
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / "bundle.json"
     if not folder.is_dir():
-        raise ModelError("no such bundle", where=folder, remedy="Check the path")
+        raise ModelError("no such bundle", where=folder, remedy="Check the path", usage=True)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         remedy = "Give a folder that fine-tuning exported"
-        raise ModelError("bundle.json is missing", where=folder, remedy=remedy) from None
+        raise ModelError("bundle.json is missing", where=folder, remedy=remedy, usage=True) from None
     except ValueError as error:
         raise ModelError(f"not valid JSON: {error}", where=path, remedy="Export the model again") from None
     schema = content.get("schema_version") if isinstance(content, dict) else None

@@ -21,6 +21,7 @@ from brainfound.cli.terminal import (
     print_note,
     print_table,
     progress_bar,
+    require_picture,
 )
 from brainfound.errors import EXIT_SOME_REJECTED, UsageError
 
@@ -66,6 +67,8 @@ def check(
     """
     from brainfound.data.hooks import load_hooks
 
+    if png is not None:
+        require_picture(png)
     hooks = load_hooks(hook or ())
     preprocessing, contract = _load_contract(model, contrasts)
     sessions, are_files = _sessions(source, preprocessing)
@@ -189,7 +192,7 @@ class _Report:
                     (label, scan.contrast, *file, LEVEL_SYMBOLS[scan.level] if scan.is_used else "·", *signs, *common)
                 )
         titles = [COLUMN_LABELS.get(check, check) for check in (*SCAN_CHECKS, *SESSION_CHECKS)]
-        print_table(("session", "contrast", *names, "", *titles), rows)
+        print_table(("session", "contrast", *names, "all", *titles), rows)
         for line in self._problems():
             print(line)
         print(self._summary())

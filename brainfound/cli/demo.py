@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from brainfound.cli.terminal import Quiet, parse_list, print_table, progress_bar
+from brainfound.cli.terminal import Quiet, parse_list, print_table, progress_bar, require_folder
+from brainfound.errors import UsageError
 
 
 def demo(
@@ -23,6 +24,7 @@ def demo(
         if not quiet:
             print(line, flush=True)
 
+    require_folder(out)
     rows = run_demo(out, overwrite=overwrite, workers=workers, log=log)
     print_table(
         (
@@ -57,23 +59,29 @@ _METRICS = {"auroc": "AUROC ↑", "mae": "MAE, years ↓", "dice": "Dice ↑"}
 
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
-    subjects: Annotated[int, typer.Option("--subjects", "-n", help="Number of subjects.")] = 20,
-    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
-    spacing_mm: Annotated[float, typer.Option("--spacing-mm", help="Grid in mm; sites vary around it.")] = 1.0,
+    subjects: Annotated[int, typer.Option("--subjects", "-n", min=1, help="Number of subjects.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
+    spacing_mm: Annotated[
+        float, typer.Option("--spacing-mm", min=0.5, max=8, help="Grid in mm; sites vary around it.")
+    ] = 1.0,
     contrasts: Annotated[str, typer.Option(help="Comma-separated contrasts.")] = "T1w,T1ce,T2w,FLAIR,DWI,ADC",
-    sites: Annotated[int, typer.Option(help="Number of sites (scanners).")] = 3,
-    missing: Annotated[float, typer.Option(help="Probability that a scan is missing.")] = 0.1,
-    min_age: Annotated[float, typer.Option(help="Youngest age in years.")] = 20.0,
-    max_age: Annotated[float, typer.Option(help="Oldest age in years.")] = 90.0,
+    sites: Annotated[int, typer.Option(min=1, help="Number of sites (scanners).")] = 3,
+    missing: Annotated[float, typer.Option(min=0, max=1, help="Probability that a scan is missing.")] = 0.1,
+    min_age: Annotated[float, typer.Option(min=18, max=110, help="Youngest age in years.")] = 20.0,
+    max_age: Annotated[float, typer.Option(min=18, max=110, help="Oldest age in years.")] = 90.0,
     label_maps: Annotated[
         Path | None, typer.Option("--label-maps", help="Paint these FreeSurfer-numbered label volumes instead.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     quiet: Quiet = False,
 ) -> None:
     """Write a synthetic multi-contrast BIDS cohort with ages, sites, lesion masks and missing scans."""
     from brainfound.phantom import write_phantom_cohort
 
+    require_folder(out)
+    if min_age > max_age:
+        got, remedy = f"{min_age:g} above {max_age:g}", "Give --min-age below --max-age"
+        raise UsageError("the youngest age is above the oldest", where="--min-age", got=got, remedy=remedy)
     with progress_bar("simulating subjects", quiet) as progress:
         write_phantom_cohort(
             out,

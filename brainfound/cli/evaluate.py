@@ -19,6 +19,7 @@ from brainfound.cli.terminal import (
     print_note,
     print_table,
     progress_bar,
+    require_folder,
     score_with_interval,
     with_interval,
 )
@@ -57,6 +58,8 @@ def evaluate(
     from brainfound.inference.evaluation import compute_drops
     from brainfound.inference.evaluation import evaluate as run
 
+    if out is not None:
+        require_folder(out)
     options: dict[str, Any] = {
         "without": [parse_contrast(name) for name in parse_list(without)],
         "partial_input": partial_input,

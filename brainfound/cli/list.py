@@ -36,6 +36,8 @@ def list_(
     if kind == "cohort":
         _list_cohort(path, sessions=sessions, as_json=as_json)
         return
+    if path is not None:
+        raise UsageError(f"{kind} have no path", got=path, remedy="brainfound list cohort PATH, or leave it out")
     if sessions:
         raise UsageError("--sessions goes with `cohort` only", remedy="brainfound list cohort PATH --sessions")
     rows: list[dict[str, Any]] = list(_contrasts() if kind == "contrasts" else _recipes(kind))

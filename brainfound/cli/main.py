@@ -38,6 +38,7 @@ VERBS = {
 EXIT_INTERRUPTED = 130
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Disk errors from writing to an open file, which carry no file name."""
+WRONG_KIND_ERRNOS = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 _PACKAGE = Path(__file__).parents[1]
 _format_warning = warnings.formatwarning
@@ -91,6 +92,7 @@ def main() -> None:
     except BrainFoundError as error:
         _exit_with(str(error), error.exit_code)
     except BadCommandLine as error:
+        _use_plain_words(error)
         command = error.ctx.command_path if getattr(error, "ctx", None) else "brainfound"
         message = error.format_message().strip()
         _exit_with(f"{message}{'' if message.endswith(('.', '?')) else '.'} Try: {command} --help", EXIT_USAGE)
@@ -105,7 +107,10 @@ def main() -> None:
             if error.errno not in DISK_ERRNOS:
                 raise
             _exit_with(f"{error.strerror}. Check the free space and the quota of where you write", EXIT_FAILED)
-        # A full disk, a folder without write permission, a file where a folder should be.
+        if error.errno in WRONG_KIND_ERRNOS:
+            what = f"{error.filename}: a file is where a folder should be, or a folder where a file should be"
+            _exit_with(f"{what}. Check the path", EXIT_USAGE)
+        # A full disk, a folder without write permission.
         _exit_with(
             f"{error.filename}: {error.strerror}. Check the path, the permissions and the free space", EXIT_FAILED
         )
@@ -119,6 +124,18 @@ def _format_user_warning(
     if category is UserWarning and Path(filename).is_relative_to(_PACKAGE):
         return f"brainfound: {' '.join(str(message).split())}\n"
     return _format_warning(message, category, filename, lineno, line)
+
+
+def _use_plain_words(error: Any) -> None:
+    """Replace the message of a value that pydantic refused, which newer versions of typer pass on."""
+    from pydantic import ValidationError
+
+    from brainfound.recipes import describe_expected
+
+    if isinstance(cause := error.__cause__, ValidationError):
+        first = cause.errors()[0]
+        if expected := describe_expected(first):
+            error.message = f"got {first['input']}, expected {expected}"
 
 
 def _exit_with(line: str, code: int) -> None:

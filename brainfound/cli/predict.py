@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import Hooks, Quiet, parse_list, print_note, print_table, progress_bar
+from brainfound.cli.terminal import Hooks, Quiet, parse_list, print_note, print_table, progress_bar, require_folder
 from brainfound.errors import EXIT_FAILED, EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def _require_new(inputs: list[str], out: Path, ending: str, overwrite: bool) -> 
     from brainfound.data.given_scans import parse_inputs
     from brainfound.data.reading.archives import require_given
 
+    require_folder(out)
     paths, contrast_paths = parse_inputs(inputs)
     if is_cohort(paths, contrast_paths):
         return

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from brainfound.cli.terminal import Hooks, KeepIds, Overrides, Quiet, note_absent_contrasts, print_note, progress_bar
+from brainfound.cli.terminal import (
+    Hooks,
+    KeepIds,
+    Overrides,
+    Quiet,
+    note_absent_contrasts,
+    parse_list,
+    print_note,
+    progress_bar,
+)
 from brainfound.errors import EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
@@ -51,8 +60,10 @@ def prepare(
     if like is not None:
         model = Preprocessing.load(like / "export" if (like / "export").is_dir() else like)
         content = model.model_dump(mode="json")
-    if contrasts:
-        content["contrasts"] = [name.strip() for name in contrasts.split(",")]
+    elif hooks_done:
+        raise UsageError("the hooks that are done are those of a model", where="--hooks-done", remedy="Give --like too")
+    if contrasts is not None:
+        content["contrasts"] = parse_list(contrasts)
     preprocessing = validate(Preprocessing, content, overrides, where="preprocessing")
     if model is not None:
         _require_alike(preprocessing, model)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from brainfound.cli.terminal import AsJson
-from brainfound.errors import RecipeError, UsageError
+from brainfound.errors import RecipeError, UsageError, mistaken_for
 
 
 def show(
@@ -44,6 +44,9 @@ def _recipe_text(name: str) -> str:
             return find(name, room).read_text(encoding="utf-8").rstrip()
         except RecipeError as error:
             errors.append(error)
+    if Path(name).exists():
+        what, remedy = mistaken_for(name, "a store, run, bundle or model"), "Give a folder that holds one of these"
+        raise UsageError(what, where=name, remedy=remedy)
     raise UsageError(
         f"nothing named {name!r}",
         expected="a recipe, or a folder of a store, run, bundle or model",

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from brainfound.errors import UsageError
+from brainfound.errors import BrainFoundError, UsageError
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated.")
@@ -80,11 +80,31 @@ def require_new_run(out: Path | None, recipe: str, resume: bool) -> None:
     UsageError as from `brainfound.training.run_folder.lock_run_folder`, which checks the rest.
     """
     folder = out if out is not None else Path("runs") / Path(recipe).stem
+    if out is not None:
+        require_folder(out)
     if not resume and (folder / "recipe.yaml").is_file():
         remedy = "Give --resume to go on, or another --out"
         raise UsageError("this folder already holds a run", where=folder, remedy=remedy)
-    if out is not None and out.exists() and not out.is_dir():
-        raise UsageError("a file is in the way of the run folder", where=out, remedy="Give another --out")
+
+
+def require_folder(out: Path) -> None:
+    """Refuse an output folder that cannot be made or written, before anything is read or computed.
+
+    UsageError: a file is in the way. BrainFoundError: there is no permission to write.
+    """
+    place = next((folder for folder in (out, *out.absolute().parents) if folder.exists()), out)
+    if not place.is_dir():
+        raise UsageError("a file is in the way of the output folder", where=place, remedy="Give another --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        remedy = "Give another --out, or change the permissions"
+        raise BrainFoundError("no permission to write here", where=place, remedy=remedy)
+
+
+def require_picture(file: Path) -> None:
+    """Refuse a picture that would replace a folder, or whose folder cannot be written."""
+    if file.is_dir():
+        raise UsageError("this is a folder, not a picture", where=file, remedy=f"Give a file: {file / 'seen.png'}")
+    require_folder(file.parent)
 
 
 def parse_list(text: str | None) -> list[str]:

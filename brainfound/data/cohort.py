@@ -9,8 +9,10 @@ from typing import Any
 
 import pandas as pd
 
+from brainfound.data.reading.image_names import is_image
 from brainfound.data.sources import read_source
 from brainfound.data.sources.tables import SourceTable, count_noun
+from brainfound.errors import CohortError, describe_path
 
 _PER_SCAN = {"subject", "session", "contrast", "path"}
 
@@ -74,7 +76,12 @@ class Cohort(SourceTable):
             CohortError: the path is missing, not recognised, damaged, or without scans.
             UsageError: a package that the source needs is not installed.
         """
-        return cls(**vars(read_source(Path(path), None if work is None else Path(work))))
+        path = Path(path)
+        _require_one_data_set(path)
+        try:
+            return cls(**vars(read_source(path, None if work is None else Path(work))))
+        except CohortError as error:
+            raise _explain(path, error) from None
 
     def __len__(self) -> int:
         return int(self.table.groupby(["subject", "session"], sort=False).ngroups)
@@ -108,6 +115,48 @@ class Cohort(SourceTable):
         unused = f"; {len(self.unused)} files unused" if self.unused else ""
         sessions, subjects = count_noun(len(self), "session"), count_noun(self.table["subject"].nunique(), "subject")
         return f"Cohort({self.source}, {sessions} of {subjects}: {counts}{unused})"
+
+
+def _require_one_data_set(path: Path) -> None:
+    """Refuse a folder of several nnU-Net or Decathlon data sets, such as ``nnUNet_raw``."""
+    for folder in (path, path / "nnUNet_raw"):
+        if folder.is_dir() and not (folder / "dataset.json").is_file():
+            found = sorted(file.parent for file in folder.glob("*/dataset.json") if (file.parent / "imagesTr").is_dir())
+            if found:
+                names = ", ".join(data_set.name for data_set in found[:8])
+                more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+                raise CohortError(
+                    f"a folder of {count_noun(len(found), 'nnU-Net data set')}, which are read one at a time",
+                    where=path,
+                    got=names + more,
+                    remedy=f"Choose one: {found[0]}",
+                    usage=True,
+                )
+
+
+_REMEDIES = {
+    "a scan": "Give the folder that holds it, or a manifest; `predict` and `check` read single scans",
+    "a store": "Give the scans or the manifest that it was made from; `evaluate` and `probe` read stores",
+    "a zip archive": "Unpack it and give its folder",
+    "a part of an nnU-Net data set": "Give the folder that holds it and dataset.json",
+    "an empty folder": "Give the folder that holds the scans",
+}
+_UNSURE = ("a model", "an experiment or an evaluation")
+"""Kinds of folders whose mark a folder of scans may have too."""
+
+
+def _explain(path: Path, error: CohortError) -> CohortError:
+    """The error for a path that cannot be read as a cohort: what it leads to, where that is plainly something else."""
+    kind = "a scan" if path.is_file() and is_image(path) else describe_path(path)
+    if not path.exists():
+        return CohortError(error.what, where=path, remedy="Check the path of the source", usage=True)
+    if kind is None and (path.parent / "dataset.json").is_file():
+        kind = "a part of an nnU-Net data set"
+    if kind in (None, "a file", "a BIDS data set") or (kind in _UNSURE and next(path.rglob("*.nii*"), None)):
+        return error
+    known = [name for name in _REMEDIES if kind.startswith((name, f"a folder inside {name}"))]
+    remedy = _REMEDIES[known[0]] if known else "Give a folder of scans, or a manifest"
+    return CohortError(f"this is {kind}, not a source of scans", where=path, remedy=remedy, usage=True)
 
 
 def _first_known(values: list[Any], rows: list[int]) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from brainfound.contrasts import UNKNOWN, parse_contrast
 from brainfound.data.cohort import Session
 from brainfound.data.reading.archives import require_given
+from brainfound.data.reading.image_names import stem
 from brainfound.data.sources.bids_files import BidsName
 from brainfound.data.sources.file_names import FileName, parse_filename
 from brainfound.errors import UsageError
@@ -97,12 +99,25 @@ def _only_remaining_contrast(
     left = [name for name in contrasts if name not in scans]
     if alone and len(left) == 1 and named.is_silent:
         return left[0]
-    raise UsageError(
+    raise _no_contrast_error(path, named, left or contrasts)
+
+
+def _no_contrast_error(file: Path, named: FileName, contrasts: Sequence[str]) -> UsageError:
+    """The error for a file, given as a scan, whose name states no contrast, and for one that names a label map."""
+    if named.label_column:
+        scan = re.sub(r"(_label-[^_]+)?_(mask|dseg)$", "", stem(file))
+        return UsageError(
+            "this is a label map by its name, not a scan",
+            where=file.name,
+            expected=f"a scan: {', '.join(contrasts)}",
+            remedy=f"Give the scan that it was drawn on, such as {scan}_{contrasts[0]}.nii.gz",
+        )
+    return UsageError(
         "the file name does not state the contrast",
-        where=path.name,
+        where=file.name,
         got=None if named.is_silent else named.reason,
-        expected=", ".join(left or contrasts),
-        remedy="Give a scan" if named.label_column else f"Name the contrast: {(left or contrasts)[-1]}={path.name}",
+        expected=", ".join(contrasts),
+        remedy=f"Name the contrast: {contrasts[-1]}={file.name}",
     )
 
 

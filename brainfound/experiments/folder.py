@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from brainfound.data.store import Store
-from brainfound.errors import BrainFoundError, UsageError
+from brainfound.errors import BrainFoundError, UsageError, mistaken_for
 from brainfound.files import nan_as_none
 from brainfound.metrics.comparison import compare
 from brainfound.metrics.registry import PRIMARY_METRIC, TABLE_METRICS
@@ -69,8 +69,11 @@ class ExperimentFolder:
         path = Path(path)
         file = path / SUMMARY_FILE
         if not file.is_file():
-            expected = f"{SUMMARY_FILE}, as finetune with several runs and evaluate --out write it"
-            raise UsageError("not the folder of an experiment", where=path, expected=expected)
+            expected = f"a folder with {SUMMARY_FILE}"
+            remedy = "Give the folder of finetune with several runs, or that of evaluate --out"
+            raise UsageError(
+                mistaken_for(path, "the folder of an experiment"), where=path, expected=expected, remedy=remedy
+            )
         try:
             summary = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:

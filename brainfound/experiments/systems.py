@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 
-from brainfound.errors import UsageError
+from brainfound.errors import UsageError, mistaken_for
 from brainfound.experiments.folder import RUNS_FILE
 from brainfound.finetuning.scoring import CASES_FILE, FROZEN_CASES_FILE, SUBJECT_ROW, read_cases
 from brainfound.metrics.cases import list_table_metrics
@@ -182,13 +182,14 @@ def _find_systems(folder: Path) -> dict[str, list[list[Path]]]:
     """Name → for each seed the runs of all folds."""
     if (folder / RUNS_FILE).is_file():
         return _read_experiment_systems(folder)
-    if (folder / CASES_FILE).is_file():
+    if (folder / CASES_FILE).is_file() and (folder / FACTS_FILE).is_file():
         return {str(folder): [[folder]]}
     seeds = sorted(path.parent for path in folder.glob(f"seed-*/{CASES_FILE}"))
     if not seeds:
         expected = f"a folder with {CASES_FILE}, or with {RUNS_FILE} of many runs"
         remedy = "Give the folder that finetune wrote, and end the run with --resume if it was cut off"
-        raise UsageError("there is no finished fine-tuning run", where=folder, expected=expected, remedy=remedy)
+        what = mistaken_for(folder, "a finished fine-tuning run").replace("this is a run, ", "")
+        raise UsageError(what, where=folder, expected=expected, remedy=remedy)
     return {str(folder): [[run] for run in seeds]}
 
 

@@ -70,7 +70,7 @@ class EmbeddingCache:
     def __init__(self, model: BrainFoundModel, store: Store, folder: str | Path, num_slices: int | None = None) -> None:
         if tuple(model.config.contrasts) != tuple(store.contrasts):
             got, expected = ", ".join(store.contrasts), ", ".join(model.config.contrasts)
-            raise ModelError("the data's contrasts are not the model's", got=got, expected=expected)
+            raise ModelError("the data's contrasts are not the model's", got=got, expected=expected, usage=True)
         self.model, self.store, self.num_slices = model, store, num_slices
         self._slices = [evenly_spaced_slices(int(n), num_slices) for n in store.sessions["num_slices"]]
         self._first = np.concatenate([[0], np.cumsum([len(index) for index in self._slices])])

@@ -38,7 +38,7 @@ from brainfound.finetuning.scoring import FROZEN_CASES_FILE, write_cases, write_
 from brainfound.finetuning.splits import resolve_split_file, split_sessions, write_split
 from brainfound.finetuning.tasks import TargetColumn, Task, VolumeTask, resolve
 from brainfound.finetuning.training_task import FinetuneTask, build_task
-from brainfound.models.loading import read_history
+from brainfound.models.loading import read_history, require_start
 from brainfound.models.stack_prediction import unwrap_peft
 from brainfound.recipes import load
 from brainfound.report.figures import plot_reliability
@@ -101,6 +101,7 @@ def finetune(
         if resume and run_folder.is_run_complete(folder, checkpoint, content.engine.steps):
             console.print(f"this run is finished; its export is {folder / run_folder.EXPORT_FOLDER}")
             return folder
+        require_start(model)
         parts, task = resolve_parts_and_task(content, store, column, split_file, fold, console.print)
         name = Path(model).name if Path(model).exists() else str(model)
         if resume:

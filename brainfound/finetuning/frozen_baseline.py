@@ -28,7 +28,7 @@ from brainfound.adapters.bundle_reader import Bundle, tensors_hash
 from brainfound.data.batches import collate, evenly_spaced_slices, remove_contrasts
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store
-from brainfound.errors import ModelError
+from brainfound.errors import ModelError, UsageError
 from brainfound.finetuning.embedding_cache import EmbeddingCache, slice_embeddings
 from brainfound.finetuning.linear_models import LabelledFeatures, fit_patch_label, standardise, subject_group_indices
 from brainfound.finetuning.scoring import SessionScores, score_predictions
@@ -261,7 +261,11 @@ def load_frozen_baseline(
     if not bundle.baseline:
         remedy = "Fine-tune with frozen_baseline=true"
         raise ModelError("the bundle has no frozen baseline", where=bundle.folder, remedy=remedy)
-    model = bundle.load_pretrained() or _load_starting_model(bundle, task, base)
+    pretrained = bundle.load_pretrained()
+    if pretrained is not None and base is not None:
+        what = "the bundle holds the backbone that its run started from"
+        raise UsageError(what, where="--base", got=base, remedy="Leave it out")
+    model = pretrained or _load_starting_model(bundle, task, base)
     tensors = {name: tensor.numpy() for name, tensor in bundle.baseline.items()}
     kind: Any = PatchClassifier if task.per_voxel else VolumeLinearProbe
     if tensors.keys() != set(kind.tensor_names):

@@ -109,6 +109,20 @@ def _model_hash(file: Path) -> str | None:
         return None
 
 
+def _find_answered(sessions: Sequence[Session], folder: Path, ending: str, model_hash: str) -> set[tuple[str, str]]:
+    """Subject and session of the answers in a folder; UsageError if one is of another model."""
+    answered = set()
+    for session in sessions:
+        file = folder / f"{file_stem(session.subject, session.session)}{ending}"
+        if not file.is_file():
+            continue
+        if _model_hash(file) != model_hash:
+            remedy = "Give another folder, or overwrite"
+            raise UsageError("the folder has an answer of another model", where=folder, got=file.name, remedy=remedy)
+        answered.add((session.subject, session.session))
+    return answered
+
+
 def _answer_sessions(
     predictor: Predictor,
     source: str | Path | Cohort,
@@ -120,18 +134,11 @@ def _answer_sessions(
     cohort = source if isinstance(source, Cohort) else Cohort.read(source)
     sessions = list(cohort.sessions())
 
-    another_model = UsageError(
-        "the folder has an answer of another model",
-        where=None if done is None else done[0],
-        remedy="Give another folder, or overwrite",
-    )
+    answered = set() if done is None else _find_answered(sessions, *done, predictor.model_hash)
 
     def prepare(session: Session) -> PredictorInput | BrainFoundError | str:
-        if done is not None:
-            folder, ending = done
-            file = folder / f"{file_stem(session.subject, session.session)}{ending}"
-            if file.is_file():
-                return "already done" if _model_hash(file) == predictor.model_hash else another_model
+        if (session.subject, session.session) in answered:
+            return "already done"
         try:
             return predictor.prepare(session)
         except BrainFoundError as error:

@@ -187,7 +187,7 @@ def evaluate(
     predictor = load(model) if bundle is None else make_predictor(bundle, resolve_device(None))
     target = predictor.target
     if bundle is None or target is None:
-        raise ModelError("an encoder has no answers to score", where=model, remedy="Fine-tune it first")
+        raise ModelError("an encoder has no answers to score", where=model, remedy="Fine-tune it first", usage=True)
     scoring = _scoring(bundle, target, surface_mm, empty)
     require_same_preprocessing(predictor, store)
     store = restrict_contrasts(store, predictor.input_contrasts)

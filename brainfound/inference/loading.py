@@ -94,9 +94,11 @@ def load(
             "the run has no export: it has not finished",
             where=path,
             remedy="Go on with it: the same command and --resume",
+            usage=True,
         )
     if (path / "store.json").is_file():
-        raise ModelError("this is a store, not a model", where=path, remedy="Give the model first, then the scans")
+        remedy = "Give the model first, then the scans"
+        raise ModelError("this is a store, not a model", where=path, remedy=remedy, usage=True)
     source = str(path) if path.exists() else str(path_or_id)
     model = BrainFoundModel.from_pretrained(source)
     kinds = [kind for kind in model.config.architectures or () if kind != BrainFoundModel.__name__]

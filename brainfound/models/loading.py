@@ -71,6 +71,15 @@ def is_brainfound(source: str | Path) -> bool:
     return content.get("model_type") == BrainFoundConfig.model_type
 
 
+def require_start(source: str | Path) -> None:
+    """Refuse what is plainly no model to start from, before anything else is read; ModelError as when it is loaded."""
+    is_brainfound(source)
+    folder = Path(source)
+    is_bundle = (folder / "bundle.json").is_file() and not (folder / "model.safetensors").is_file()
+    if is_bundle or (folder.is_dir() and not any(folder.glob("*.safetensors"))):
+        raise unreadable_model_error(str(source), FileNotFoundError())
+
+
 def read_history(source: str | Path) -> TrainingHistory:
     """The recorded training of an initial model, a folder or a Hub id; empty if nothing is recorded.
 
@@ -91,10 +100,8 @@ def read_patch_size(source: str | Path, contrasts: Sequence[str]) -> int | None:
 
     Raises as `load_initial_model`, which also refuses unsupported families.
     """
+    require_start(source)
     is_ours = is_brainfound(source)
-    folder = Path(source)
-    if (folder / "bundle.json").is_file() and not (folder / "model.safetensors").is_file():
-        raise unreadable_model_error(str(source), FileNotFoundError())
     with reading_model(str(source)):
         config = (BrainFoundConfig if is_ours else AutoConfig).from_pretrained(str(source))
     if is_ours:
@@ -248,9 +255,10 @@ def _read_saved_config(source: str, options: dict[str, Any]) -> BrainFoundConfig
         raise unreadable_model_error(source, FileNotFoundError(source))
     if content.get("model_type") != BrainFoundConfig.model_type:
         raise ModelError(
-            f"this is a {content.get('model_type')!r} model, not a BrainFound model",
+            f"this is a plain {content.get('model_type') or 'model'}, not a BrainFound model",
             where=source,
-            remedy="Start from a plain ViT with from_backbone",
+            remedy="Train from it first: brainfound finetune or pretrain; in Python: from_backbone",
+            usage=True,
         )
     return BrainFoundConfig.from_dict(content)
 

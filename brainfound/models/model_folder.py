@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from brainfound.errors import ModelError, closest_folder
+from brainfound.errors import ModelError, closest_folder, mistaken_for
 from brainfound.hub import SharedChange, cache_if_hub_is_away, describe_hub_error, hub_errors
 
 LOAD_FAILURES: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
@@ -29,9 +29,9 @@ def require_findable(source: str) -> None:
     """Refuse a path that does not exist before the Hub is queried."""
     path = Path(source)
     if not is_hub_id(source) and not path.is_dir():
-        what = "this is a file, not a model folder" if path.is_file() else "no such model folder"
+        what = mistaken_for(path, "a model folder") if path.is_file() else "no such model folder"
         remedy = _suggest_folder(source) or "Give a folder with config.json and safetensors, or a Hub id"
-        raise ModelError(what, where=source, remedy=remedy)
+        raise ModelError(what, where=source, remedy=remedy, usage=True)
 
 
 def _suggest_folder(source: str) -> str | None:
@@ -83,17 +83,19 @@ def unreadable_model_error(source: str, error: Exception) -> ModelError:
     """The error for a model that cannot be read, with the remedy that fits the files of `source`."""
     folder = Path(source)
     if not folder.is_dir():
-        remedy = _suggest_folder(source) or "Check the name and the connection, or give a local folder"
-        got, remedy = describe_hub_error(error, remedy)
+        close = _suggest_folder(source)
+        got, remedy = describe_hub_error(error, close or "Check the name and the connection, or give a local folder")
         what = "neither a folder nor a model that can be fetched from the Hugging Face Hub"
-        return ModelError(what, where=source, got=got, remedy=remedy)
-    has_config, export = (folder / "config.json").is_file(), folder / "export"
+        return ModelError(what, where=source, got=got, remedy=remedy, usage=close is not None)
+    has_config, export, usage = (folder / "config.json").is_file(), folder / "export", True
     if not has_config and (folder / "adapter_config.json").is_file():
         what = "this is an adapter without the model that it was trained on"
         remedy = "Load that model and give both to peft.PeftModel.from_pretrained, or save a bundle"
     elif not has_config:
-        what = "this folder has no config.json"
+        what = mistaken_for(folder, "a model (it has no config.json)")
         remedy = f"Give its export: {export}" if export.is_dir() else "Give a folder that holds a model"
+        if runs := sorted(file.parent for file in folder.glob("*/export")):
+            remedy = f"Give one of its runs, such as {runs[0]}"
     elif (folder / "bundle.json").is_file():
         what = "this is what a fine-tuning exported, not a model to start from"
         remedy = "Give the model that it was fine-tuned from"
@@ -102,7 +104,8 @@ def unreadable_model_error(source: str, error: Exception) -> ModelError:
         remedy = "Convert the weights to safetensors; pickled weights are refused because they can run code"
     else:
         what, remedy = f"the model cannot be read: {first_line(error)}", "Check that the files are whole"
-    return ModelError(what, where=source, remedy=remedy)
+        usage = False
+    return ModelError(what, where=source, remedy=remedy, usage=usage)
 
 
 def first_line(error: Exception) -> str:

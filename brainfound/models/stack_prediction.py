@@ -241,4 +241,5 @@ def require_same_contrasts(model: Any, stack: Stack) -> None:
             got=", ".join(stack.contrasts),
             expected=", ".join(contrasts),
             remedy=f"Prepare the data with --contrasts {','.join(contrasts)}",
+            usage=True,
         )

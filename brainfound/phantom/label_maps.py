@@ -72,12 +72,12 @@ def find_label_maps(folder: Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         remedy = "Give a folder of FreeSurfer-numbered label volumes with --label-maps, or leave the option out"
-        raise CohortError("the label-map folder does not exist", where=folder, remedy=remedy)
+        raise CohortError("no such folder of label maps", where=folder, remedy=remedy, usage=True)
     paths = sorted(path for path in folder.iterdir() if holds_voxels(path))
     if not paths:
         expected = "NIfTI or MGH files"
         remedy = "Point --label-maps to the folder that holds the volumes themselves"
-        raise CohortError("no label volume found", where=folder, expected=expected, remedy=remedy)
+        raise CohortError("no label volume found", where=folder, expected=expected, remedy=remedy, usage=True)
     return paths
 
 

@@ -29,7 +29,7 @@ from brainfound.data.splits.training_history import TrainingHistory
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError, UsageError
 from brainfound.models import BrainFoundModel
-from brainfound.models.loading import read_history
+from brainfound.models.loading import read_history, require_start
 from brainfound.models.model_folder import silence_transformers
 from brainfound.pretraining.dry_run import TargetHardware, report_dry_run
 from brainfound.pretraining.preflight import run_preflight_checks
@@ -102,9 +102,11 @@ def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet
     recipe, accelerator, console = run_folder.start_process(folder, recipe, AUTO_KEYS, resume, quiet)
     if recipe.engine.parallel == "fsdp" and accelerator.num_processes == 1:
         notes = [*notes, "engine.parallel is fsdp, but there is a single process: nothing is sharded"]
-    for note in [*notes, *run_preflight_checks(recipe, store, accelerator.num_processes)]:
-        console.print(note)
     with run_folder.lock_run_folder(folder, resume, accelerator):
+        if recipe.init.source != FROM_SCRATCH and not resume:
+            require_start(recipe.init.source)
+        for note in [*notes, *run_preflight_checks(recipe, store, accelerator.num_processes)]:
+            console.print(note)
         return _train(recipe, store, folder, resume, accelerator, console)
 
 

@@ -103,7 +103,11 @@ def require_same_recipe_and_data(folder: Path, recipe: Recipe, store: Store, cha
         RecipeError, TrainingError: naming the first key that differs, or the store.
     """
     # Validated, so that keys added since the run began get their default.
-    saved = validate(type(recipe), read_saved_recipe(folder))
+    try:
+        saved = validate(type(recipe), read_saved_recipe(folder))
+    except RecipeError as error:
+        what = f"the run in this folder has a recipe of another kind ({error.where}: {error.what})"
+        raise RecipeError(what, where=folder, remedy="Give another --out, or resume it with its own verb") from None
     before, now = (_flatten(content.model_dump(mode="json")) for content in (saved, recipe))
     for key in [*before, *(key for key in now if key not in before)]:
         may_differ = any(key == name or key.startswith(f"{name}.") for name in (*CHANGEABLE_KEYS, *changeable_keys))

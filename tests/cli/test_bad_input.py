@@ -86,7 +86,7 @@ def test_predict_refuses_a_bad_scan_in_one_line(cli, classifier, source, tmp_pat
     spoil, reason = BAD_SCANS[kind]
     spoil(source / "s01_T2w.nii.gz")
     answer = cli("predict", classifier, source / "s01_T2w.nii.gz", "--out", tmp_path / "answers")
-    assert answer.code == 1
+    assert answer.code == (2 if kind == "missing" else 1)
     assert "s01_T2w.nii.gz" in answer.line
     assert reason in answer.line
     assert not (tmp_path / "answers").exists()
@@ -198,10 +198,10 @@ def test_the_next_scan_of_a_contrast_is_tried(cli, classifier, source, tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["{tmp}/nowhere", "{tmp}/store"], 1, ["nowhere", "no such file or folder", "Check the path"]),
-        (["{tmp}/empty", "{tmp}/store"], 1, ["empty", "no scans found", "manifest"]),
-        (["{store}", "{tmp}/store"], 1, ["store", "no scans found"]),
-        (["{source}", "{store}"], 1, ["other preprocessing", "--overwrite"]),
+        (["{tmp}/nowhere", "{tmp}/store"], 2, ["nowhere", "no such file or folder", "Check the path"]),
+        (["{tmp}/empty", "{tmp}/store"], 2, ["empty", "this is an empty folder, not a source of scans"]),
+        (["{store}", "{tmp}/store"], 2, ["this is a store, not a source of scans", "evaluate"]),
+        (["{source}", "{store}"], 2, ["other preprocessing", "--overwrite"]),
         (["{source}", "{tmp}/store", "--contrasts", "T1,T9"], 2, ["contrasts", "unknown contrast 'T9'", "T1w"]),
         (["{source}", "{tmp}/store", "--contrasts", "flare"], 2, ["Did you mean FLAIR?"]),
         (["{source}", "{tmp}/store", "--contrasts", "SWI"], 1, ["none of the wanted contrasts (SWI). Check the files"]),
@@ -209,7 +209,7 @@ def test_the_next_scan_of_a_contrast_is_tried(cli, classifier, source, tmp_path,
         (["{source}", "{tmp}/store", "--set", "sise=[32,32]"], 2, ["sise", "Did you mean size?"]),
         (["{source}", "{tmp}/store", "--set", "a"], 2, ["--set a", "key=value"]),
         (["{source}", "{tmp}/store", "--mask", "dseg"], 2, ["'dseg'", "expected mask"]),
-        (["{source}", "{source}/manifest.tsv/store"], 1, ["manifest.tsv/store", "a file is in the way"]),
+        (["{source}", "{source}/manifest.tsv/store"], 2, ["manifest.tsv/store", "a file is in the way"]),
         (["{source}", "{tmp}/store", "--workers", "none"], 2, ["--workers", "brainfound prepare --help"]),
         (["{source}"], 2, ["Missing argument", "brainfound prepare --help"]),
     ],
@@ -243,15 +243,15 @@ PRETRAIN = ["pretrain", "pretrain-demo", "--data", "{store}", "--out", "{tmp}/ru
         ([*DIAGNOSIS, "--split", "{tmp}/none.json"], 2, ["none.json", "splits.json of a run"]),
         ([*DIAGNOSIS, "--resume"], 2, ["no run to resume", "--resume"]),
         ([*DIAGNOSIS, "--out", "{run}"], 2, ["already holds a run", "--resume"]),
-        ([*DIAGNOSIS, "--data", "{tmp}"], 1, ["not a store", "brainfound prepare"]),
-        ([*DIAGNOSIS, "--model", "{store}"], 1, ["no config.json"]),
-        ([*DIAGNOSIS, "--model", "{run}"], 1, ["no config.json", "Give its export"]),
-        ([*DIAGNOSIS, "--model", "{run}/export"], 1, ["what a fine-tuning exported"]),
+        ([*DIAGNOSIS, "--data", "{tmp}"], 2, ["not a store", "brainfound prepare"]),
+        ([*DIAGNOSIS, "--model", "{store}"], 2, ["no config.json"]),
+        ([*DIAGNOSIS, "--model", "{run}"], 2, ["this is a run, not a model", "Give its export"]),
+        ([*DIAGNOSIS, "--model", "{run}/export"], 2, ["what a fine-tuning exported"]),
         (["finetune", "finetune-clasification", *DIAGNOSIS[2:]], 2, ["Did you mean finetune-classification?"]),
         ([*PRETRAIN, "--set", "views.globl_size=64"], 2, ["views.globl_size", "Did you mean views.global_size?"]),
         ([*PRETRAIN, "--resume"], 2, ["no run to resume"]),
-        ([*PRETRAIN, "--init", "{tmp}"], 1, ["no config.json"]),
-        ([*PRETRAIN, "--data", "{tmp}/nothing"], 1, ["nothing", "no such folder"]),
+        ([*PRETRAIN, "--init", "{tmp}"], 2, ["no config.json"]),
+        ([*PRETRAIN, "--data", "{tmp}/nothing"], 2, ["nothing", "no such folder"]),
         (["pretrain", "pretrain-dem", *PRETRAIN[2:]], 2, ["Did you mean pretrain-demo?"]),
         (["pretrain", "pretrain-demo"], 2, ["no store was given", "--data STORE"]),
     ],
@@ -264,15 +264,62 @@ def test_training_says_what_is_wrong(cli, small_store, tiny_backbone, classifier
     assert not (tmp_path / "run" / "export").exists()
 
 
+@pytest.mark.parametrize("verb", ["predict", "embed", "explain", "check", "prepare"])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("{store}/slices", ["this is a folder inside a store", "evaluate"]),
+        ("{run}/export", ["this is a fine-tuned model, not a source of scans"]),
+        ("{backbone}", ["this is a model, not a source of scans"]),
+        ("{tmp}/scans.zip", ["this is a zip archive", "Unpack it"]),
+        ("{tmp}/raw", ["2 nnU-Net data sets", "Task02_Heart, Task05_Brain", "Choose one: ", "raw/Task02_Heart"]),
+        ("{tmp}/raw/Task05_Brain/imagesTr", ["a part of an nnU-Net data set", "dataset.json"]),
+    ],
+)
+def test_what_is_no_source_is_called_by_its_name(
+    cli, classifier, small_store, tiny_backbone, tmp_path, verb, given, words
+):
+    (tmp_path / "scans.zip").write_bytes(b"PK")
+    for name in ("Task05_Brain", "Task02_Heart"):
+        (tmp_path / "raw" / name / "imagesTr").mkdir(parents=True)
+        (tmp_path / "raw" / name / "dataset.json").write_text("{}")
+    given = given.format(tmp=tmp_path, store=small_store.path, run=classifier, backbone=tiny_backbone)
+    arguments = {"check": ["check", given], "prepare": ["prepare", given, tmp_path / "out"]}
+    answer = cli(*arguments.get(verb, [verb, classifier, given, "--out", tmp_path / "out"]))
+    assert answer.code == 2
+    assert [word for word in words if word not in answer.line] == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("size=32", ["got 32, expected a list of 2 values", "Write --set 'size=[224, 224]'"]),
+        ("size=(32, 32)", ["expected a list of 2 values", "'size=[224, 224]'"]),
+        ("spacing_mm=[2, 2]", ["expected a list of 3 values", "'spacing_mm=[1, 1, 1]'"]),
+        ("spacing_mm=[2, b, 2]", ["--set spacing_mm: ", "got 'b', expected a number"]),
+        ("ranges={ADC: 3000}", ["--set ranges.ADC: ", "expected a list of 2 values"]),
+        ("min_overlap=7", ["got 7, expected 1 or less"]),
+        ("min_slices=no", ["got 'false', expected a whole number"]),
+        ("percentiles=[1, 99", ["not valid YAML: expected ',' or ']'", "(line 1)"]),
+    ],
+)
+def test_a_value_of_another_type_gets_plain_words_and_an_example(cli, source, tmp_path, value, words):
+    answer = cli("prepare", source, tmp_path / "store", "--set", value)
+    assert answer.code == 2
+    assert [word for word in words if word not in answer.line] == []
+    assert not [word for word in ("Input", "tuple", "dictionary", "integer") if word in answer.line]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["predict", "{source}", "{run}"], 1, ["no config.json"]),
-        (["predict", "{scan}", "{run}"], 1, ["this is a file, not a model folder"]),
-        (["predict", "{store}", "{source}"], 1, ["this is a store, not a model"]),
-        (["predict", "{unfinished}", "{source}"], 1, ["unfinished", "the run has no export: it has not finished"]),
-        (["predict", "{run}", "{tmp}/nowhere"], 1, ["nowhere", "no such file or folder"]),
-        (["predict", "{run}", "{unfinished}"], 1, ["unfinished", "no scans found"]),
+        (["predict", "{source}", "{run}"], 2, ["no config.json"]),
+        (["predict", "{scan}", "{run}"], 2, ["this is a file, not a model folder"]),
+        (["predict", "{store}", "{source}"], 2, ["this is a store, not a model"]),
+        (["predict", "{unfinished}", "{source}"], 2, ["unfinished", "the run has no export: it has not finished"]),
+        (["predict", "{run}", "{tmp}/nowhere"], 2, ["nowhere", "no such file or folder"]),
+        (["predict", "{run}", "{unfinished}"], 2, ["unfinished", "this is a run, not a source of scans"]),
         (["predict", "{run}", "{tmp}/plain.nii.gz"], 2, ["plain.nii.gz", "FLAIR=plain.nii.gz"]),
         (["predict", "{run}", "T9={scan}"], 2, ["unknown contrast 'T9'"]),
         (["predict", "{run}", "SWI={scan}"], 2, ["not trained with SWI", "expected T1w, T2w, FLAIR"]),
@@ -280,9 +327,13 @@ def test_training_says_what_is_wrong(cli, small_store, tiny_backbone, classifier
         (["predict", "{run}", "T1={scan}", "t1w={tmp}/plain.nii.gz"], 2, ["two scans of T1w", "plain.nii.gz"]),
         (["predict", "{run}", "{scan}", "FLAIR={scan}"], 2, ["s00_T1w.nii.gz", "FLAIR and as T1w"]),
         (["predict", "{run}", "{scan}", "--device", "gpu"], 2, ["device", "got gpu"]),
-        (["predict", "{run}", "{scan}", "--out", "{scan}"], 1, ["s00_T1w.nii.gz", "File exists"]),
+        (
+            ["predict", "{run}", "{scan}", "--out", "{scan}"],
+            2,
+            ["s00_T1w.nii.gz", "a file is in the way of the output folder"],
+        ),
         (["embed", "{segmenter}", "{scan}"], 2, ["segmentation", "no volume embedding"]),
-        (["embed", "{backbone}", "{scan}"], 1, ["not a BrainFound model"]),
+        (["embed", "{backbone}", "{scan}"], 2, ["not a BrainFound model"]),
     ],
 )
 def test_predicting_says_what_is_wrong(
@@ -310,7 +361,7 @@ def test_a_mistyped_path_is_named_as_typed_before_the_model_is_loaded(cli, sourc
     for name in ("sub-x8_T1w.nii.gz", "sub-x8_T1ce.nii.gz", "sub-x8_mask.nii.gz"):
         for verb in ("predict", "embed", "explain"):
             answer = cli(verb, "no-model", f"source/{name}", "--out", "answers")
-            assert answer.code == 1
+            assert answer.code == 2
             assert f"source/{name}: no such file. Check the path; scans are given as FILE" in answer.line
         answer = cli("check", f"T1w=source/{name}")
         assert f"source/{name}: no such file. Check the path" in answer.line
@@ -365,9 +416,9 @@ def test_embed_gives_the_embedding_that_a_head_reads(cli, classifier, source, tm
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["{tmp}", "--data", "{store}"], 1, ["no config.json"]),
-        (["{unfinished}", "--data", "{store}"], 1, ["the run has no export: it has not finished"]),
-        (["{run}", "--data", "{tmp}"], 1, ["not a store", "brainfound prepare"]),
+        (["{tmp}", "--data", "{store}"], 2, ["no config.json"]),
+        (["{unfinished}", "--data", "{store}"], 2, ["the run has no export: it has not finished"]),
+        (["{run}", "--data", "{tmp}"], 2, ["not a store", "brainfound prepare"]),
         (["{run}", "--data", "{store}", "--part", "tset"], 2, ["--part", "got tset"]),
         (["{run}", "--data", "{store}", "--without", "T9"], 2, ["unknown contrast 'T9'"]),
         (["{run}"], 2, ["Missing option", "--data"]),

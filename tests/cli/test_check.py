@@ -114,8 +114,8 @@ def test_a_store_can_be_what_others_are_compared_with(cli, cohort, small_store):
 def test_wrong_usage(cli, cohort, classifier, tmp_path):
     assert cli("check", cohort, "--model", classifier, "--contrasts", "T1w").code == 2
     assert cli("check", cohort, "--contrasts", "T9w").code == 2
-    assert cli("check", cohort, "--model", tmp_path / "gone").code == 1
-    assert cli("check", tmp_path / "gone").code == 1
+    assert cli("check", cohort, "--model", tmp_path / "gone").code == 2
+    assert cli("check", tmp_path / "gone").code == 2
 
 
 def test_no_picture_of_nothing(cli, tmp_path):

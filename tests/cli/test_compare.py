@@ -176,7 +176,7 @@ def test_what_cannot_be_compared_is_one_line(cli, three, tmp_path, small_store):
     lines = {
         "no run to compare with": (a,),
         "same runs twice": (a, b, tmp_path / "b"),
-        "no finished fine-tuning run": (a, tmp_path / "nowhere"),
+        "no such file or folder": (a, tmp_path / "nowhere"),
         "not the cases of": (a, make_run(tmp_path / "fewer", aged(3, 1).iloc[:-2])),
         "not the truth of": (a, make_run(tmp_path / "older", aged(3, 1).assign(truth=lambda t: t["truth"] + 1))),
         "another task than": (a, make_run(tmp_path / "told", told(1, 0), "classification", "diagnosis")),

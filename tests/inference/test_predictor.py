@@ -226,8 +226,8 @@ def test_answers_of_another_model_are_not_taken_for_this_ones(predictor, source,
     next(weights.parameters()).data += 1
     other = Predictor(weights, predictor.preprocessing, predictor.target, predictor.num_slices)
     predict(predictor, source, tmp_path)
-    outcomes = predict(other, source, tmp_path)
-    assert all("an answer of another model" in outcome.reason and outcome.result is None for outcome in outcomes)
+    with pytest.raises(UsageError, match=r"an answer of another model \(got s00_ses-1\.json\)"):
+        predict(other, source, tmp_path)
     assert all(outcome.result for outcome in predict(other, source, tmp_path, overwrite=True))
 
 

@@ -417,7 +417,7 @@ def test_label_maps_that_cannot_be_used(tmp_path):
     def attempt(folder: Path) -> None:
         write_phantom_cohort(tmp_path / "c", 1, spacing_mm=6.0, label_maps=folder)
 
-    with pytest.raises(CohortError, match="does not exist"):
+    with pytest.raises(CohortError, match="no such folder of label maps"):
         attempt(tmp_path / "nowhere")
     empty = tmp_path / "empty"
     empty.mkdir()

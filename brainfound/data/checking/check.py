@@ -40,7 +40,7 @@ from brainfound.data.preprocessing.stack import ScanQuality, Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
 from brainfound.data.reading.scan import Scan, load_scan, read_header
 from brainfound.data.store import Store
-from brainfound.errors import ModelError, ScanError, UsageError
+from brainfound.errors import ScanError, UsageError
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,6 @@ def _name_remedy(contrast: str) -> str:
 def load_model_contract(folder: str | Path) -> tuple[Preprocessing, InputContract]:
     """The preprocessing and the contract of a run, an export, a bundle, or a store (measured now)."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ModelError("no such model", where=folder, remedy="Give a run folder, its export, a bundle or a store")
     if (folder / "store.json").is_file():
         store = Store.open(folder)
         return store.preprocessing, InputContract.of(store)

@@ -114,10 +114,12 @@ def position_findings(
         return []
     contrast = quality.contrast
     mean = contract.mean_stack.get(contrast)
-    likeness = compare(pixels, spacing_mm, mean) if mean else None
+    if mean is None:
+        message = f"not compared with the training: the model holds no average of its {contrast} scans"
+        return [Finding("position", "note", message, "An average takes at least three training scans of a contrast")]
+    likeness = compare(pixels, spacing_mm, mean)
     if likeness is None:
-        message = f"not compared: the model carries no mean stack of {contrast}"
-        return [Finding("position", "note", message, "Export it again from a store of at least three such scans")]
+        return [Finding("position", "note", f"not compared with the training: the {contrast} scan has no contours")]
     level = _level(likeness.turned - likeness.upright, TURNED_MARGIN)
     if level:
         message = "upside down, pitched or otherwise turned, compared with the mean of the training scans"

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field, field_validator
 
 from brainfound.contrasts import parse_contrasts
-from brainfound.errors import ModelError, UsageError
+from brainfound.errors import ModelError, UsageError, closest_folder, describe_path, mistaken_for
 from brainfound.recipes import Recipe, load_json
 
 FILE_NAME = "preprocessing.json"
@@ -111,8 +111,28 @@ class Preprocessing(Recipe):
     @classmethod
     def load(cls, folder: str | Path) -> Preprocessing:
         """Read ``preprocessing.json`` from a folder; ModelError if it is missing, otherwise as `load_json`."""
-        preprocessing = load_json(cls, Path(folder) / FILE_NAME)
+        folder = Path(folder)
+        preprocessing = load_json(cls, folder / FILE_NAME) if folder.is_dir() else None
         if preprocessing is None:
-            remedy = "Without the preprocessing a model cannot be used safely; export it again"
-            raise ModelError(f"{FILE_NAME} is missing", where=folder, remedy=remedy)
+            raise not_trained_here_error(folder)
         return preprocessing
+
+
+def not_trained_here_error(folder: Path) -> ModelError:
+    """The error for a path without a preprocessing, which is no run, export, bundle or store."""
+    what, remedy = f"{FILE_NAME} is missing", "Give a run of BrainFound, its export, a bundle or a store"
+    kind = describe_path(folder)
+    if not folder.exists():
+        what, close = "no such folder", closest_folder(folder)
+        remedy = f"Did you mean {close}?" if close else remedy
+    elif kind == "a run":
+        what, remedy = "the run has no export: it has not finished", "Go on with it: the same command and --resume"
+    elif kind == "a model":
+        what, remedy = "this is a model of another program: it states no preprocessing", f"{remedy}, trained from it"
+    elif kind == "an experiment or an evaluation":
+        runs = sorted(file.parent for file in folder.glob("*/export"))
+        what = mistaken_for(folder, "a single model")
+        remedy = f"Give one of its runs, such as {runs[0]}" if runs else remedy
+    elif kind is not None:
+        what = mistaken_for(folder, "a model")
+    return ModelError(what, where=folder, remedy=remedy, usage=True)

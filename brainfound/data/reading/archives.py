@@ -153,18 +153,23 @@ def fetch_remedy(path: Path, start: bytes = b"") -> str | None:
 
 
 def require_given(path: Path) -> None:
-    """Raise a ScanError, with the path as a user wrote it, if there is no such file, member or folder."""
+    """Raise a ScanError of usage, with the path as a user wrote it, if there is no such file or member."""
+    if path.is_dir():
+        remedy = "Give the files of one session, or a single folder of a whole cohort and no file"
+        raise ScanError("this is a folder, not a scan", where=path, remedy=remedy, usage=True)
     if not path.exists() and not is_file(path):
-        raise _missing(path, path, "Check the path; scans are given as FILE or CONTRAST=FILE")
+        raise _missing(path, path, "Check the path; scans are given as FILE or CONTRAST=FILE", usage=True)
 
 
-def _missing(path: Path, where: object = None, remedy: str = "Check the path in the manifest or folder") -> ScanError:
+def _missing(
+    path: Path, where: object = None, remedy: str = "Check the path in the manifest or folder", usage: bool = False
+) -> ScanError:
     where = where or path.name
     if fetch := fetch_remedy(path):
         return ScanError(_POINTER, where=where, remedy=fetch)
     if path.is_symlink():
         return ScanError("a link whose target is not there", where=where, remedy="Copy or download the file itself")
-    return ScanError("no such file", where=where, remedy=remedy)
+    return ScanError("no such file", where=where, remedy=remedy, usage=usage)
 
 
 def _reason(error: BaseException) -> str:

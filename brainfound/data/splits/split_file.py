@@ -227,7 +227,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0][:100]
+        reason = str(error.strerror) if isinstance(error, OSError) else "no valid JSON"
+        reason += f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
         raise UsageError(f"not a split file: {reason}", where=path, remedy=_GIVE_SPLIT) from None
     if not isinstance(content, dict):
         raise UsageError("not a split file: no JSON object", where=path, remedy=_GIVE_SPLIT)

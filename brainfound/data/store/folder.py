@@ -28,7 +28,7 @@ from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.sources import SOURCE_LAYOUTS
 from brainfound.data.sources.tables import SessionKey, is_missing
 from brainfound.data.store.slice_files import SliceFiles
-from brainfound.errors import CohortError, StoreError, closest_folder
+from brainfound.errors import CohortError, StoreError, closest_folder, describe_path, mistaken_for
 
 SCHEMA_VERSION = 2
 
@@ -83,17 +83,17 @@ def replaced_path(path: Path) -> Path:
 
 def _no_store(path: Path) -> StoreError:
     remedy = "Make it with: brainfound prepare SOURCE STORE"
-    what = "not a store"
+    kind, what = describe_path(path), mistaken_for(path, "a store")
     if not path.exists():
         what, close = "no such folder", closest_folder(path, lambda folder: (folder / "store.json").is_file())
         remedy = f"Did you mean {close}?" if close else remedy
-    elif _is_source(path):
+    elif kind in (None, "a BIDS data set", "a file") and _is_source(path):
         remedy = f"Prepare it first: brainfound prepare {shlex.quote(str(path))} STORE"
     if (replaced_path(path) / "store.json").is_file():
         what, remedy = "an update of the store was cut off", "Repeat the brainfound prepare command: nothing is lost"
     elif partial_path(path).is_dir():
         what, remedy = "the store is not complete", "Finish it with the same brainfound prepare command"
-    return StoreError(what, where=path, expected="a folder with store.json", remedy=remedy)
+    return StoreError(what, where=path, expected="a folder with store.json", remedy=remedy, usage=True)
 
 
 def _is_source(path: Path) -> bool:

@@ -26,7 +26,7 @@ from brainfound.data.reading.scan import read_header
 from brainfound.data.sources.tables import SessionKey, read_json
 from brainfound.data.store.folder import SCHEMA_VERSION, StoreFolder, replaced_path, session_keys
 from brainfound.data.worker_processes import require_main_guard
-from brainfound.errors import BrainFoundError, ScanError, StoreError
+from brainfound.errors import BrainFoundError, ScanError, StoreError, mistaken_for
 from brainfound.files import PARTIAL_PREFIX, write_atomically
 
 _SOURCES_FILE = "sources.parquet"
@@ -101,14 +101,15 @@ def find_existing_store(out: Path, sources: SourceFingerprints, overwrite: bool)
         return None
     if not (out / "store.json").is_file():
         if not out.is_dir() or any(out.iterdir()):
-            raise StoreError("not a store, and not empty", where=out, remedy="Give another folder")
+            what = mistaken_for(out, "a store, and not empty")
+            raise StoreError(what, where=out, remedy="Give another folder for the store", usage=True)
         return None
     try:
         folder = StoreFolder(out)
         known = SourceFingerprints.read(out, folder.facts["settings"])
         if known.settings != sources.settings:
             remedy = "Give another folder, or --overwrite to replace it"
-            raise StoreError("a store with other preprocessing is there", where=out, remedy=remedy)
+            raise StoreError("a store with other preprocessing is there", where=out, remedy=remedy, usage=True)
     except (BrainFoundError, OSError, KeyError, ValueError) as error:
         if overwrite:
             return None
@@ -120,7 +121,8 @@ def find_existing_store(out: Path, sources: SourceFingerprints, overwrite: bool)
     if (gone or changed) and not overwrite:
         what = "the source is not the one that the store was made of"
         got = f"{gone} sessions gone, {changed} with other files"
-        raise StoreError(what, where=out, got=got, remedy="Give another folder, or --overwrite to follow the source")
+        remedy = "Give another folder, or --overwrite to follow the source"
+        raise StoreError(what, where=out, got=got, remedy=remedy, usage=True)
     return folder
 
 
@@ -217,7 +219,9 @@ def writer_lock(out: Path) -> Iterator[None]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise StoreError("a file is in the way of the folder", where=out, remedy="Give another folder") from None
+        raise StoreError(
+            "a file is in the way of the folder", where=out, remedy="Give another folder", usage=True
+        ) from None
     lock = FileLock(out.with_name(f".{out.name}.lock"))
     try:
         lock.acquire(timeout=0)

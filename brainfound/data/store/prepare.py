@@ -75,6 +75,7 @@ def prepare(
     Raises:
         CohortError, UsageError, StoreError: the source or an option is faulty, or no store can be written at ``out``.
     """
+    require_executor(executor, scheduler)
     out = resolve_store_path(out)
     cohort = source if isinstance(source, Cohort) else Cohort.read(source, work=out.with_name(out.name + ".nifti"))
     loaded = load_hooks(hooks)
@@ -196,14 +197,18 @@ def run_jobs(
     A shard may be written twice if a worker is lost. Both results are equal, and a shard is renamed when complete.
     ``scheduler`` is the address of a dask scheduler, such as ``tcp://host:8786``, whose workers see the same folders.
     """
-    if executor not in get_args(Executor):
-        raise UsageError("no such executor", where="executor", got=executor, expected=" or ".join(get_args(Executor)))
     if executor == "dask":
         yield from _on_dask(jobs, scheduler)
-    elif scheduler is not None:
-        raise UsageError("a scheduler is for dask", where="scheduler", got=scheduler, remedy="Add --executor dask")
     else:
         yield from _in_processes(jobs, workers)
+
+
+def require_executor(executor: str, scheduler: str | None) -> None:
+    """Raise a UsageError for an unknown executor, or a scheduler without dask."""
+    if executor not in get_args(Executor):
+        raise UsageError("no such executor", where="executor", got=executor, expected=" or ".join(get_args(Executor)))
+    if scheduler is not None and executor != "dask":
+        raise UsageError("a scheduler is for dask", where="scheduler", got=scheduler, remedy="Add --executor dask")
 
 
 def _in_processes(jobs: Sequence[ShardJob], workers: int) -> Iterator[ShardJob]:

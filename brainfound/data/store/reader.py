@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike
 
 from brainfound.data.preprocessing.session import FURTHER_SCAN_REASON, NOT_IN_COHORT_REASON
 from brainfound.data.preprocessing.stack import ScanQuality, Stack, positions_mm
-from brainfound.data.sources.tables import SessionKey, is_missing
+from brainfound.data.sources.tables import SessionKey, cohort_names, is_missing
 from brainfound.data.store.folder import SessionTable, StoreFolder, compute_hashes, content_hash, session_keys
 from brainfound.data.store.slice_files import SliceFiles
 from brainfound.errors import StoreError, UsageError, did_you_mean
@@ -155,6 +155,9 @@ class StoreReader:
         """One covariate of every session; the UsageError for an unknown name suggests the nearest one."""
         if name not in self.covariates:
             where, remedy = f"store {self.path.name}", did_you_mean(name, self.covariates)
+            # A column of the user's table may have another name here: ``alter`` is age_years.
+            if (own := cohort_names([name]).get(name)) in self.covariates:
+                remedy = f"Did you mean {own}?"
             raise UsageError(f"no column {name!r}", where=where, remedy=remedy)
         return self.sessions[name]
 

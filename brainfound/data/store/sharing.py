@@ -49,7 +49,7 @@ def copy_store(store: StoreReader, out: Path, *, keep_ids: bool = True, columns:
     """
     out = resolve_store_path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StoreError("something is there", where=out, remedy="Give another folder")
+        raise StoreError("something is there", where=out, remedy="Give another folder", usage=True)
     height, width = store.preprocessing.size
     pixel_bytes = len(store.contrasts) * store.preprocessing.bits // 8 + 1
     out.parent.mkdir(parents=True, exist_ok=True)

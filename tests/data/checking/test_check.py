@@ -387,7 +387,7 @@ def test_plain_values_keep_names_only_if_asked(tmp_path):
 
 
 def test_models_stores_and_old_models(tmp_path, small_store):
-    with pytest.raises(ModelError, match="no such model"):
+    with pytest.raises(ModelError, match="no such folder"):
         load_model_contract(tmp_path / "gone")
     export = tmp_path / "run" / "export"
     export.mkdir(parents=True)

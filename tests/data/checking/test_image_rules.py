@@ -170,7 +170,7 @@ def test_without_a_mean_stack_nothing_is_compared(contract):
     old = contract.model_copy(update={"mean_stack": {}})
     level, messages = _found(_head(29)[:, :, ::-1].copy(), old)
     assert level == "note"
-    assert messages == ["position: not compared: the model carries no mean stack of T1w"]
+    assert messages == ["position: not compared with the training: the model holds no average of its T1w scans"]
     unmeasured = InputContract.from_preprocessing(PREPROCESSING)
     assert _found(_head(29), unmeasured) == ("ok", [])
 

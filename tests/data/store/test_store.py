@@ -159,13 +159,18 @@ def test_what_is_no_store_says_what_to_give(small_store, cohort_folder, tmp_path
     shutil.copytree(cohort_folder, tmp_path / "my scans")
     with pytest.raises(StoreError, match="brainfound prepare 'my scans' STORE"):
         Store.open("my scans")
-    with pytest.raises(StoreError, match=r"^Stores/older: not a store .*Make it with: brainfound prepare SOURCE STORE"):
+    with pytest.raises(
+        StoreError,
+        match=r"^Stores/older: this is an empty folder, not a store .*Make it with: brainfound prepare SOURCE STORE",
+    ):
         Store.open("Stores/older")
 
 
 def test_other_schemas_and_unknown_columns_are_refused(small_store, tmp_path):
     with pytest.raises(UsageError, match="no column 'age'. Did you mean age_years"):
         small_store.covariate("age")
+    with pytest.raises(UsageError, match="no column 'Leeftijd'. Did you mean age_years"):
+        small_store.covariate("Leeftijd")
     with pytest.raises(StoreError, match="not a store"):
         Store.open(tmp_path)
     copy = tmp_path / "copy"
