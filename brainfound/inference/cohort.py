@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from brainfound.data.cohort import Cohort, Session
 from brainfound.errors import BrainFoundError, RefusedInputError, UsageError
@@ -53,7 +53,8 @@ def predict(
         source: a cohort, or a path that `Cohort.read` recognises.
         out: the folder for the files of each session; None writes nothing. With a folder, outcomes hold no images.
         probabilities: also write the probability maps of a segmentation.
-        overwrite: predict again; otherwise sessions with a JSON in ``out`` are skipped.
+        overwrite: predict again; otherwise sessions with a JSON in ``out`` are skipped, and it is an error
+            of the session if that answer has another model or other options.
         progress: called with (sessions done, number of sessions).
     """
     predictor = model if isinstance(model, Predictor) else load(model)
@@ -67,7 +68,10 @@ def predict(
         prediction.save(out, name, probabilities=probabilities, overwrite=True)
         return prediction.without_images()
 
-    done = None if out is None or overwrite else (Path(out), ".json")
+    done = None
+    if out is not None and not overwrite:
+        settings = predictor.prediction_settings | {"probabilities": probabilities and predictor.per_voxel}
+        done = _Done(Path(out), ".json", predictor, settings)
     return _answer_sessions(predictor, source, done, answer, progress)
 
 
@@ -88,7 +92,8 @@ def explain_cohort(
     Args:
         model, source, progress: as for `predict`.
         method, class_name: see `brainfound.inference.explanation.choose_methods`.
-        overwrite: explain again; otherwise sessions with an explanation in ``out`` are skipped.
+        overwrite: explain again; otherwise sessions with an explanation in ``out`` are skipped, as for
+            `predict`.
     """
     predictor = model if isinstance(model, Predictor) else load(model)
     methods = choose_methods(predictor.model, predictor.target, method, class_name)
@@ -98,40 +103,59 @@ def explain_cohort(
         explanation.save(out, name, overwrite=True)
         return replace(explanation, maps={})
 
-    done = None if overwrite else (Path(out), "_explanation.json")
+    settings = predictor.explanation_settings(methods, class_name)
+    done = None if overwrite else _Done(Path(out), "_explanation.json", predictor, settings)
     return _answer_sessions(predictor, source, done, answer, progress)
 
 
-def _model_hash(file: Path) -> str | None:
-    try:
-        return json.loads(file.read_text(encoding="utf-8")).get("model_hash")
-    except (OSError, ValueError, AttributeError):
-        return None
+@dataclass(frozen=True)
+class _Done:
+    """The answers that a folder already has, by the ending of their files."""
+
+    folder: Path
+    ending: str
+    predictor: Predictor
+    settings: dict[str, Any]
+
+    def find(self, session: Session) -> UsageError | str | None:
+        """The reason to skip a session, an error if its answer has another origin, or None to answer it."""
+        file = self.folder / f"{file_stem(session.subject, session.session)}{self.ending}"
+        if not file.is_file():
+            return None
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = None
+        content = content if isinstance(content, dict) else {}
+        remedy = "Give another folder, or overwrite"
+        if content.get("model_hash") != self.predictor.model_hash:
+            return UsageError("the folder has an answer of another model", where=self.folder, remedy=remedy)
+        saved = content.get("settings")
+        if saved != self.settings:
+            saved = saved if isinstance(saved, dict) else {}
+            names = [name for name in {**self.settings, **saved} if saved.get(name) != self.settings.get(name)]
+            got, expected = (", ".join(f"{k} {of.get(k)}" for k in names) for of in (saved, self.settings))
+            what = "the folder has an answer with other options"
+            return UsageError(what, where=self.folder, got=got, expected=expected, remedy=remedy)
+        if self.predictor.strict and content.get("input_level") == "fail":
+            return None
+        return "already done"
 
 
 def _answer_sessions(
     predictor: Predictor,
     source: str | Path | Cohort,
-    done: tuple[Path, str] | None,
+    done: _Done | None,
     answer: Callable[[PredictorInput, str], _Result],
     progress: Callable[[int, int], None] | None,
 ) -> list[Outcome[_Result]]:
-    """Answer each session from its input and name, unless `done`, a folder and the ending of a file, has its file."""
+    """Answer each session from its input and name, unless it is `done`."""
     cohort = source if isinstance(source, Cohort) else Cohort.read(source)
     sessions = list(cohort.sessions())
 
-    another_model = UsageError(
-        "the folder has an answer of another model",
-        where=None if done is None else done[0],
-        remedy="Give another folder, or overwrite",
-    )
-
     def prepare(session: Session) -> PredictorInput | BrainFoundError | str:
-        if done is not None:
-            folder, ending = done
-            file = folder / f"{file_stem(session.subject, session.session)}{ending}"
-            if file.is_file():
-                return "already done" if _model_hash(file) == predictor.model_hash else another_model
+        if done is not None and (found := done.find(session)) is not None:
+            return found
         try:
             return predictor.prepare(session)
         except BrainFoundError as error:

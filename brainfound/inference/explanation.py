@@ -55,7 +55,7 @@ class Explanation:
         slices: the slices of the prepared stack that were read, inferior to superior; the others show the nearest one.
         positions_mm: positions of those slices along the stack, 0 at its middle.
         contrasts, missing: contrasts that were read, and contrasts of the model that were absent.
-        notes, rejected, model_hash: as in `Prediction`.
+        notes, rejected, model_hash, settings: as in `Prediction`.
     """
 
     maps: dict[str, nib.Nifti1Image]
@@ -72,6 +72,7 @@ class Explanation:
     input_level: Level | None = None
     name: str = ""
     model_hash: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, contrasts and notes, for JSON."""
@@ -87,6 +88,7 @@ class Explanation:
             "rejected": list(self.rejected),
             "notes": list(self.notes),
             "model_hash": self.model_hash,
+            "settings": self.settings,
             "input_level": self.input_level,
             "caution": CAUTION,
             "not_a_medical_device": True,

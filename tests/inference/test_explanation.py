@@ -492,5 +492,8 @@ def test_a_cohort_is_explained_session_by_session(make, small_store, make_cohort
     assert content["pca"] == outcomes[1].result.numbers["pca"]
     assert len(content["slices"]) == len(content["positions_mm"]) == 3
     assert "no evidence" in content["caution"]
-    again = explain_cohort(predictor, source, out)
+    again = explain_cohort(predictor, source, out, method=["rollout", "pca"])
     assert {outcome.reason for outcome in again} == {"already done"}
+    for other in ({"method": "gradient"}, {}):
+        outcomes = explain_cohort(predictor, source, out, **other)
+        assert all("other options (got methods ['rollout', 'pca']" in outcome.reason for outcome in outcomes)

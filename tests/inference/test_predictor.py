@@ -20,6 +20,7 @@ from brainfound.inference.loading import load
 from brainfound.inference.prediction import file_stem
 from brainfound.inference.predictor import Predictor
 from brainfound.inference.scans import parse_inputs
+from brainfound.inference.segmentation import SegmentationOptions
 from brainfound.models.infer import StackPrediction
 from brainfound.recipes import validate
 
@@ -229,6 +230,36 @@ def test_answers_of_another_model_are_not_taken_for_this_ones(predictor, source,
     outcomes = predict(other, source, tmp_path)
     assert all("an answer of another model" in outcome.reason and outcome.result is None for outcome in outcomes)
     assert all(outcome.result for outcome in predict(other, source, tmp_path, overwrite=True))
+
+
+def test_an_embedding_is_not_skipped_for_a_prediction(predictor, source, tmp_path):
+    predict(predictor, source, tmp_path)
+    outcomes = predict(predictor.as_encoder(), source, tmp_path)
+    assert all("answer with other options (got task classification" in outcome.reason for outcome in outcomes)
+    assert not list(tmp_path.glob("*.npy"))
+    predict(predictor.as_encoder(), source, tmp_path, overwrite=True)
+    assert len(list(tmp_path.glob("*.npy"))) == len(outcomes)
+    assert {outcome.reason for outcome in predict(predictor.as_encoder(), source, tmp_path)} == {"already done"}
+
+
+def test_a_segmentation_is_not_skipped_for_one_with_other_options(segmenter, source, tmp_path):
+    predict(segmenter, source, tmp_path)
+    assert {outcome.reason for outcome in predict(segmenter, source, tmp_path)} == {"already done"}
+    changed = segmenter.with_options(SegmentationOptions(min_volume_mm3=1.0))
+    for outcomes in (predict(changed, source, tmp_path), predict(segmenter, source, tmp_path, probabilities=True)):
+        assert all(outcome.result is None and "other options" in outcome.reason for outcome in outcomes)
+    predict(segmenter, source, tmp_path, probabilities=True, overwrite=True)
+    again = predict(segmenter, source, tmp_path, probabilities=True)
+    assert {outcome.reason for outcome in again} == {"already done"}
+
+
+def test_a_strict_run_refuses_what_a_lenient_one_answered(predictor, source, tmp_path):
+    outcomes = predict(predictor, source, tmp_path)
+    file = next(iter(sorted(tmp_path.glob("*.json"))))
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"input_level": "fail"}))
+    again = predict(predictor.as_strict(), source, tmp_path)
+    assert [outcome.reason for outcome in again] == ["", *["already done"] * (len(outcomes) - 1)]
 
 
 def test_two_sessions_never_have_one_file_name():
