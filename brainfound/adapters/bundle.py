@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -49,7 +48,13 @@ from brainfound.data.splits.training_history import TrainingHistory
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.models.infer import unwrap_peft
-from brainfound.models.model_folder import is_hub_id, silence_transformers
+from brainfound.models.model_folder import (
+    is_hub_id,
+    make_draft_name,
+    recover_folder,
+    replace_folder,
+    silence_transformers,
+)
 from brainfound.report.cards import write_model_card
 
 _TOLERANCE = 1e-5
@@ -91,14 +96,14 @@ def save_bundle(
         ModelError: if the model cannot be bundled, the folder is taken, or the reloaded outputs differ.
     """
     folder = Path(folder)
+    recover_folder(folder)
     is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if is_taken and not (overwrite and (folder / "bundle.json").is_file()):
         raise ModelError("the folder is taken", where=folder, remedy="Choose a new folder, or overwrite a bundle")
     body = unwrap_peft(model)
     _require_bundlable(body, preprocessing)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    previous = draft.with_suffix(".previous")
+    draft = make_draft_name(folder)
     draft.mkdir()
     try:
         if contract is not None:
@@ -113,15 +118,9 @@ def save_bundle(
         if card is not None:
             write_model_card(draft, {"name": folder.resolve().parent.name, **card})
         _require_same_outputs(draft, model, example)
-        if folder.exists():
-            # Moved, not removed: the previous bundle stays whole until the new one is in place.
-            folder.rename(previous)
-        draft.rename(folder)
+        replace_folder(folder, draft)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        if previous.exists() and not folder.exists():
-            previous.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
     return folder
 
 
