@@ -34,7 +34,7 @@ TINY = {
     "head_fit_passes": 0,
     "evaluate_every": 0,
     "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
-    "engine": {"steps": 1, "batch_size": 4, "precision": "no", "log_every": 1, "num_workers": 0},
+    "engine": {"steps": 1, "batch_size": 4, "precision": "no", "log_every": 1},
 }
 PARTS = {"train": np.arange(8), "test": np.arange(8, 12)}
 

@@ -61,7 +61,7 @@ def test_a_model_that_never_learnt_without_a_contrast_says_so(small_store, tiny_
     content = {
         "num_slices": 4, "head_fit_passes": 0, "frozen_baseline": False, "evaluate_every": 0,
         "augmentation": {"contrast_dropout": dropout}, "split": {"train": 0.5, "validation": 0.2, "test": 0.3},
-        "engine": {"steps": 1, "batch_size": 4, "precision": "no", "num_workers": 0},
+        "engine": {"steps": 1, "batch_size": 4, "precision": "no"},
     }  # fmt: skip
     recipe = validate(FinetuneRecipe, content)
     predictor = load(finetune(recipe, small_store, tiny_backbone, "diagnosis", tmp_path / "run", quiet=True))
