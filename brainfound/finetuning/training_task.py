@@ -85,7 +85,7 @@ class FinetuneTask(TrainTask):
                 # Role and decay only; the learning rate has no layer decay here.
                 settings = parameter_settings(name, parameter, 0, OptimRecipe())
                 role = settings.role if ".backbone." in name else "new"
-                new_group = {"params": [], "role": role, "lr_scale": 1.0, "decays": settings.decays}
+                new_group: dict[str, Any] = {"params": [], "role": role, "lr_scale": 1.0, "decays": settings.decays}
                 groups.setdefault((role, settings.decays), new_group)["params"].append(parameter)
         return torch.optim.AdamW(list(groups.values()), lr=self.recipe.optim.lr, fused=True)
 
