@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from brainfound.errors import ModelError, RecipeError, closest_name, did_you_mean
+from brainfound.errors import BrainFoundError, ModelError, RecipeError, closest_name, did_you_mean
 
 Room = Literal["train", "adapters", "model_cards"]
 """The root folders that hold recipes."""
@@ -153,6 +153,20 @@ def load_json(recipe: type[AnyRecipe], path: Path) -> AnyRecipe | None:
     except ValueError as error:
         raise ModelError(f"not valid JSON: {error}", where=path, remedy="Export the model again") from None
     return validate(recipe, content, where=str(path))
+
+
+def read_json(
+    path: Path, remedy: str, error_class: type[BrainFoundError] = BrainFoundError, content_type: type = dict
+) -> Any:
+    """The content of a JSON file; one line of `error_class` if it cannot be read or has another type."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise error_class("the file cannot be read", where=path, got=str(error)[:200], remedy=remedy) from error
+    if not isinstance(content, content_type):
+        got, expected = f"a {type(content).__name__}", f"a {content_type.__name__}"
+        raise error_class("the file has other content", where=path, got=got, expected=expected, remedy=remedy)
+    return content
 
 
 def _validation_error(recipe: type[Recipe], content: Mapping[str, Any]) -> ValidationError | None:

@@ -32,6 +32,7 @@ from brainfound.finetuning.scoring import FROZEN_CASES_FILE, read_cases, score_s
 from brainfound.finetuning.tasks import TargetColumn, Task, from_dict
 from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.registry import METRICS, PRIMARY_METRIC
+from brainfound.recipes import read_json
 from brainfound.training.checkpoint import write_atomically
 from brainfound.training.process import process_state
 from brainfound.training.run_folder import EXPORT_FOLDER
@@ -111,7 +112,8 @@ def missing_contrast_rows(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     full: dict[tuple[str, int], float] = {}
     for run in table.to_dict(orient="records"):
-        for content in json.loads((folder / run["run"] / MISSING_CONTRASTS_FILE).read_text(encoding="utf-8")):
+        file = folder / run["run"] / MISSING_CONTRASTS_FILE
+        for content in read_json(file, "Remove it and continue with --resume", content_type=list):
             scores, key = make_score_columns(content), (run["fold"], run["seed"])
             primary = METRICS[PRIMARY_METRIC[content["task"]]]
             if content["absence"] == NONE:

@@ -25,6 +25,7 @@ from brainfound.metrics.comparison import score_intervals
 from brainfound.metrics.registry import PRIMARY_METRIC, TABLE_METRICS
 from brainfound.metrics.statistics import CONFIDENCE, NUM_RESAMPLES, explain_missing_interval
 from brainfound.models.infer import StackPrediction, infer, infer_embedded
+from brainfound.recipes import read_json
 from brainfound.training.checkpoint import write_atomically
 
 SCORES_FILE, CASES_FILE = "scores.json", "cases.tsv"
@@ -128,7 +129,8 @@ def read_cases(file: Path) -> pd.DataFrame:
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
+    """The content of a run's scores.json; BrainFoundError if it cannot be read."""
+    return read_json(folder / SCORES_FILE, "Remove the export folder of the run, then continue with --resume")
 
 
 def score_sessions(

@@ -46,7 +46,7 @@ from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.registry import METRICS, PRIMARY_METRIC
 from brainfound.metrics.scores import EmptyCase
-from brainfound.recipes import validate
+from brainfound.recipes import read_json, validate
 
 _KIND = "evaluation"
 
@@ -71,7 +71,7 @@ def require_writable(folder: Path) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     file = folder / SUMMARY_FILE
-    if not file.is_file() or json.loads(file.read_text(encoding="utf-8")).get("kind") != _KIND:
+    if not file.is_file() or read_json(file, "Give another --out").get("kind") != _KIND:
         raise UsageError("the folder holds something else", where=folder, remedy="Give another --out")
 
 
