@@ -24,13 +24,13 @@ from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import UsageError, did_you_mean
 from brainfound.finetuning.tasks import Task, VolumeTask
 from brainfound.inference.explanation_methods import (
-    WEIGHING_AGGREGATORS,
     ExplanationInputs,
     component_maps,
     gradient_times_input,
     principal_components,
     scale_to_unit_range,
     slice_weights,
+    weighs_slices,
 )
 from brainfound.inference.prediction import file_stem, require_new, write_image, write_json
 from brainfound.models.infer import infer_embedded, unwrap_peft
@@ -149,9 +149,8 @@ def _unsupported_reason(method: str, model: nn.Module, target: Task | None) -> s
             "rollout": "a segmentation does not read the class token, whose attention the rollout follows",
             "gradient": "a segmentation has a score for every voxel, not one to follow back",
         }.get(method, "")
-    aggregator = inner.config.aggregator
-    if method == "slice-attention" and aggregator not in WEIGHING_AGGREGATORS:
-        return f"the aggregator {aggregator!r} of the model weighs no slices"
+    if method == "slice-attention" and not weighs_slices(model):
+        return f"the aggregator {inner.config.aggregator!r} of the model weighs no slices"
     if method == "gradient" and target is None:
         return "an encoder has no score to follow back"
     return ""
