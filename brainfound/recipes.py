@@ -8,8 +8,8 @@ into one line: the place, the value received, the value expected, and the neares
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +30,7 @@ Room = Literal["train", "adapters", "model_cards"]
 SUFFIX = ".yaml"
 _NO_PRESET = "no_preset"
 """Type of the validation error for an unknown preset."""
+_EXPONENT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]+")
 
 
 class Recipe(BaseModel):
@@ -111,10 +112,11 @@ def load(recipe: type[AnyRecipe], name_or_path: str | Path, room: Room, override
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"not valid YAML: {error}", where=path, remedy="Mend the file") from error
+        raise RecipeError(f"not valid YAML: {error}", where=path, remedy="Correct the file") from error
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise RecipeError("a recipe must be a mapping", where=path, got=type(content).__name__)
+        got, remedy = f"a {type(content).__name__}", "Write keys and values: key: value"
+        raise RecipeError("a recipe must be a mapping", where=path, got=got, remedy=remedy)
     try:
         return validate(recipe, content, overrides, where=path.name)
     except RecipeError:
@@ -205,7 +207,8 @@ def _override(recipe: type[Recipe], content: dict[str, Any], text: str) -> None:
             remedy = f"Set it as a whole: --set {parent}=VALUE"
             raise RecipeError("this key holds a value, not a group", where=where, got=child, remedy=remedy)
         node = child
-    node[last] = _yaml_value(value)
+    fields = [kind.model_fields[last] for kind in kinds if last in kind.model_fields]
+    node[last] = _yaml_value(value, any(_is_text(field.annotation) for field in fields))
 
 
 def _preset_fields(kinds: Sequence[type[Recipe]], name: str, where: str) -> Any:
@@ -216,15 +219,24 @@ def _preset_fields(kinds: Sequence[type[Recipe]], name: str, where: str) -> Any:
     return deepcopy(presets.get(name, name))
 
 
-def _yaml_value(text: str) -> Any:
+def _yaml_value(text: str, is_text: bool) -> Any:
+    """The value of an override; a field for text takes what YAML reads as a number, a date or a truth as text."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"the value is not valid YAML: {error}", where=f"--set …={text}") from error
-    if isinstance(value, str):
-        with suppress(ValueError):  # YAML 1.1 reads 1e-4 as text; users mean a number
-            return float(value)
+        remedy = "Put it in quotes inside the quotes of the shell"
+        raise RecipeError(f"the value is not valid YAML: {error}", where=f"--set …={text}", remedy=remedy) from error
+    if is_text:
+        return value if value is None or isinstance(value, str | list | dict) else text.strip()
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)  # YAML 1.1 reads 1e-4 as text; users mean a number
     return value
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a field takes text and no numbers."""
+    members = _members(annotation)
+    return str in members and not {bool, int, float} & {member for member in members if isinstance(member, type)}
 
 
 @dataclass(frozen=True)
