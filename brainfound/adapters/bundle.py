@@ -127,7 +127,7 @@ def save_bundle(
 def _require_bundlable(body: Any, preprocessing: Preprocessing) -> None:
     if type(body) not in MODEL_CLASSES.values():
         expected = ", ".join(kind.__name__ for kind in MODEL_CLASSES.values())
-        raise ModelError(f"a {type(body).__name__} cannot be bundled", expected=expected)
+        raise ModelError(f"a {type(body).__name__} cannot be bundled", expected=expected, remedy="Give such a model")
     got, expected = ", ".join(preprocessing.contrasts), ", ".join(body.config.contrasts)
     if got != expected:
         text = "the preprocessing and the model have different contrasts"
@@ -167,7 +167,11 @@ def _write(draft: Path, model: Any, labels: dict[str, Any], metadata: dict[str, 
     try:
         text = json.dumps(content, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ModelError(f"labels and metadata must be plain values: {error}", where=draft.name) from error
+        what, remedy = (
+            f"labels and metadata must be plain values: {error}",
+            "Give text, finite numbers, lists and dicts",
+        )
+        raise ModelError(what, where=draft.name, remedy=remedy) from error
     (draft / "bundle.json").write_text(text + "\n", encoding="utf-8")
 
 

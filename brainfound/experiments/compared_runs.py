@@ -116,7 +116,10 @@ def _require_same_task_and_target(facts: dict[str, list[dict[str, Any]]]) -> Non
     for name, of_system in facts.items():
         for key, what in (("task", "another task"), ("column", "another target")):
             if other := [fact["target"][key] for fact in of_system if fact["target"][key] != expected[key]]:
-                raise UsageError(f"{what} than {first}", where=name, got=other[0], expected=expected[key])
+                remedy = "Compare runs of one task and target"
+                raise UsageError(
+                    f"{what} than {first}", where=name, got=other[0], expected=expected[key], remedy=remedy
+                )
 
 
 def _read_seed(files: Sequence[Path], match_by_name: bool) -> pd.DataFrame:

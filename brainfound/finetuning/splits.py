@@ -255,7 +255,7 @@ def _labelled_parts(
     for part in PARTS:
         if part not in parts:
             option = "--validation 0.1" if part == "validation" else "--test 0.2"
-            remedy = f"Make it with a {part} part: brainfound split STORE NEW.json {option}"
+            remedy = f"Create it with a {part} part: brainfound split STORE NEW.json {option}"
             raise UsageError(f"training needs the part {part!r}, and the split has none", where=where, remedy=remedy)
         parts[part] = np.intersect1d(parts[part], labelled)
         if not len(parts[part]):

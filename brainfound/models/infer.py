@@ -206,7 +206,8 @@ def infer_embedded(model: nn.Module, inputs: Mapping[str, Tensor]) -> StackPredi
 
 def _to_stack_prediction(inner: Any, output: Any, index: np.ndarray | None) -> StackPrediction:
     if not isinstance(inner, (BrainFoundModel, BrainFoundForClassification, BrainFoundForRegression)):
-        raise ModelError(f"{type(inner).__name__} is not a BrainFound model")
+        remedy = "Load the model with brainfound.load"
+        raise ModelError(f"{type(inner).__name__} is not a BrainFound model", remedy=remedy)
     prediction = StackPrediction(
         embedding=output.volume_embedding[0].float().cpu().numpy(),
         slice_embeddings=output.slice_embeddings[0].float().cpu().numpy(),

@@ -246,7 +246,8 @@ def _require_free_space(folder: Path, needed: int, what_for: str, remedy: str) -
 def update_checkpoint_state(path: Path, changes: Mapping[str, Any]) -> None:
     """Change plain values of a checkpoint atomically; TrainingError if it is corrupt or cannot be written."""
     if fault := find_corruption(path):
-        raise TrainingError("the checkpoint to return to is damaged", where=path, got=fault)
+        remedy = "Continue from another checkpoint with --resume"
+        raise TrainingError("the checkpoint to return to is damaged", where=path, got=fault, remedy=remedy)
     with wrap_write_errors("the return to a checkpoint", path):
         write_atomically(path / STATE_FILE, json.dumps({**read_state(path), **changes}, indent=2))
         fsync(path)

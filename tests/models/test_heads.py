@@ -188,6 +188,7 @@ def test_heads_that_cannot_be_are_named(fields, said):
     with pytest.raises(ModelError, match=said) as refused:
         BrainFoundConfig(**fields)
     assert "\n" not in str(refused.value)
+    assert refused.value.remedy
 
 
 def test_classification_losses_against_numpy():
