@@ -362,6 +362,22 @@ def test_pickles_are_refused(bundle_folder, name):
         load_bundle(bundle_folder)
 
 
+@pytest.mark.parametrize(
+    "name", ["frozen_baseline.safetensors", "base/other.safetensors", "input_contract.json", "training_history.json"]
+)
+def test_a_file_that_the_description_does_not_list_is_refused(bundle_folder, name):
+    (bundle_folder / name).parent.mkdir(exist_ok=True)
+    save_file({"weight": torch.zeros(1)}, bundle_folder / name)
+    with pytest.raises(ModelError, match="bundle.json does not list it.*Remove the file"):
+        load_bundle(bundle_folder)
+    (bundle_folder / name).unlink()
+    # What other tools leave is not read.
+    for other in (".cache/download/model.json", ".DS_Store", "notes.txt"):
+        (bundle_folder / other).parent.mkdir(parents=True, exist_ok=True)
+        (bundle_folder / other).write_text("{}")
+    load_bundle(bundle_folder)
+
+
 def test_a_later_schema_is_refused(bundle_folder):
     path = bundle_folder / "bundle.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
