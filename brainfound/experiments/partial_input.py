@@ -19,11 +19,12 @@ import pandas as pd
 from brainfound.adapters.bundle_reader import Bundle, load_bundle
 from brainfound.data.splits.split_file import Split
 from brainfound.data.store import Store
-from brainfound.errors import ModelError, UsageError
+from brainfound.errors import UsageError
 from brainfound.experiments.folder import compute_mean_sizes, compute_spread, get_score_columns, make_score_columns
 from brainfound.experiments.systems import non_empty_subsets
 from brainfound.finetuning.frozen_baseline import (
     FrozenBaseline,
+    NoFrozenBaselineError,
     load_frozen_baseline,
     score_frozen_baseline,
     scoring_from_bundle,
@@ -93,7 +94,7 @@ def _load_frozen_baseline(bundle: Bundle, target: Task) -> FrozenBaseline | None
     """The frozen baseline; None where the bundle has none, or lacks its backbone."""
     try:
         return load_frozen_baseline(bundle, target, process_state().device)
-    except ModelError:
+    except NoFrozenBaselineError:
         return None  # after full fine-tuning; the page leaves these cells empty
 
 

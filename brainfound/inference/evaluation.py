@@ -38,7 +38,12 @@ from brainfound.experiments.folder import (
 )
 from brainfound.experiments.page import write_experiment_page
 from brainfound.experiments.systems import non_empty_subsets, short_name
-from brainfound.finetuning.frozen_baseline import load_frozen_baseline, score_frozen_baseline, scoring_from_bundle
+from brainfound.finetuning.frozen_baseline import (
+    NoFrozenBaselineError,
+    load_frozen_baseline,
+    score_frozen_baseline,
+    scoring_from_bundle,
+)
 from brainfound.finetuning.scoring import SessionScores, score_sessions
 from brainfound.finetuning.tasks import ScoringRecipe, TargetColumn, Task
 from brainfound.inference.loading import bundle_folder, load, make_predictor
@@ -159,7 +164,7 @@ def evaluate(
         model: a run folder or a bundle; both know their split.
         data: a store. On the store of the run, the sessions of ``part``; on any other, all labelled sessions except
             those of training subjects and those with an image of such a subject under another name.
-        without: contrasts to withhold.
+        without: contrasts to withhold; not with ``partial_input``.
         partial_input: score every non-empty subset of the contrasts that the model reads, full input first.
         part: ``"test"``, ``"validation"`` or ``"train"``.
         frozen: also score the bundle's linear model on the frozen backbone, on the same sessions and contrasts; doubles
@@ -178,6 +183,9 @@ def evaluate(
     Raises:
         ModelError: the model has no head. UsageError: no session is left to score, or ``out`` holds something else.
     """
+    if partial_input and without:
+        what, remedy = "partial input scores every subset of the contrasts already", "Leave one of the two out"
+        raise UsageError(what, where="--without with --partial-input", got=", ".join(without), remedy=remedy)
     if part not in PARTS:
         raise UsageError("a split has no such part", where="--part", got=part, expected=", ".join(PARTS))
     if out is not None:
@@ -215,7 +223,7 @@ def evaluate(
     if frozen:
         try:
             baseline = load_frozen_baseline(bundle, target, predictor.device, base)
-        except ModelError as error:
+        except NoFrozenBaselineError as error:
             if base is not None:
                 raise
             general.append(f"{error.what}. {error.remedy}")

@@ -112,6 +112,11 @@ def test_sessions_without_a_label_are_counted(run, other_store, tmp_path, monkey
     assert not [note for note in before.notes if "not scored" in note]
 
 
+def test_partial_input_and_withheld_contrasts_exclude_each_other(run, small_store):
+    with pytest.raises(UsageError, match=r"--without with --partial-input.*every subset.*got T2w.*Leave one"):
+        evaluate(run, small_store, without=["T2w"], partial_input=True)
+
+
 def test_partial_input_asks_about_every_subset_full_input_first(run, small_store):
     results = evaluate(run, small_store, partial_input=True)
     assert len(results) == 2**3 - 1
