@@ -8,8 +8,8 @@ into one line: the place, the value received, the value expected, and the neares
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from brainfound.errors import ModelError, RecipeError, closest_name, did_you_mean, mistaken_for
+from brainfound.errors import BrainFoundError, ModelError, RecipeError, closest_name, did_you_mean, mistaken_for
 
 Room = Literal["train", "adapters", "model_cards"]
 """The root folders that hold recipes."""
@@ -32,6 +32,7 @@ _LISTS: dict[Room, str] = {"train": "recipes", "adapters": "adapters"}
 SUFFIX = ".yaml"
 _NO_PRESET = "no_preset"
 """Type of the validation error for an unknown preset."""
+_EXPONENT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]+")
 
 
 class Recipe(BaseModel):
@@ -137,7 +138,8 @@ def load(recipe: type[AnyRecipe], name_or_path: str | Path, room: Room, override
         raise RecipeError(f"cannot be read: {error.strerror}", where=path, remedy="Give a file") from error
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise RecipeError("a recipe must be a mapping", where=path, got=type(content).__name__)
+        got, remedy = f"a {type(content).__name__}", "Write keys and values: key: value"
+        raise RecipeError("a recipe must be a mapping", where=path, got=got, remedy=remedy)
     try:
         return validate(recipe, content, overrides, where=path.name)
     except RecipeError:
@@ -179,6 +181,20 @@ def load_json(recipe: type[AnyRecipe], path: Path) -> AnyRecipe | None:
     return validate(recipe, content, where=str(path))
 
 
+def read_json(
+    path: Path, remedy: str, error_class: type[BrainFoundError] = BrainFoundError, content_type: type = dict
+) -> Any:
+    """The content of a JSON file; one line of `error_class` if it cannot be read or has another type."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise error_class("the file cannot be read", where=path, got=str(error)[:200], remedy=remedy) from error
+    if not isinstance(content, content_type):
+        got, expected = f"a {type(content).__name__}", f"a {content_type.__name__}"
+        raise error_class("the file has other content", where=path, got=got, expected=expected, remedy=remedy)
+    return content
+
+
 def _validation_error(recipe: type[Recipe], content: Mapping[str, Any]) -> ValidationError | None:
     try:
         recipe.model_validate(content)
@@ -215,7 +231,8 @@ def _override(recipe: type[Recipe], content: dict[str, Any], text: str) -> None:
             remedy = f"Set it as a whole: --set {parent}=VALUE"
             raise RecipeError("this key holds a value, not a group", where=where, got=child, remedy=remedy)
         node = child
-    node[last] = _yaml_value(value)
+    fields = [kind.model_fields[last] for kind in kinds if last in kind.model_fields]
+    node[last] = _yaml_value(value, any(_is_text(field.annotation) for field in fields))
 
 
 def _preset_fields(kinds: Sequence[type[Recipe]], name: str, where: str) -> Any:
@@ -234,16 +251,25 @@ def describe_yaml_fault(error: Exception) -> str:
     return f"{error.problem} (line {mark.line + 1})".replace("<stream end>", "the end")
 
 
-def _yaml_value(text: str) -> Any:
+def _yaml_value(text: str, is_text: bool) -> Any:
+    """The value of an override; a field for text takes what YAML reads as a number, a date or a truth as text."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        what, remedy = f"the value is not valid YAML: {describe_yaml_fault(error)}", "Close every bracket and quote"
+        what = f"the value is not valid YAML: {describe_yaml_fault(error)}"
+        remedy = "Close every bracket and quote, or put the value in quotes inside the quotes of the shell"
         raise RecipeError(what, where=f"--set …={text}", remedy=remedy) from error
-    if isinstance(value, str):
-        with suppress(ValueError):  # YAML 1.1 reads 1e-4 as text; users mean a number
-            return float(value)
+    if is_text:
+        return value if value is None or isinstance(value, str | list | dict) else text.strip()
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)  # YAML 1.1 reads 1e-4 as text; users mean a number
     return value
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a field takes text and no numbers."""
+    members = _members(annotation)
+    return str in members and not {bool, int, float} & {member for member in members if isinstance(member, type)}
 
 
 @dataclass(frozen=True)

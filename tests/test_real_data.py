@@ -46,7 +46,7 @@ PRETRAINING = {
 FINETUNING = {
     "task": {"kind": "segmentation", "decoder_width": 8, "merge_codes": True},
     "num_slices": 2,
-    "engine": {"steps": 2, "batch_size": 1, "precision": "no", "log_every": 1, "num_workers": 0},
+    "engine": {"steps": 2, "batch_size": 1, "precision": "no", "log_every": 1},
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 from brainfound.errors import ModelError, RecipeError, ScanError, closest_name
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.pretraining.recipe import PretrainRecipe
-from brainfound.recipes import find, load, load_json, validate
+from brainfound.recipes import Recipe, find, load, load_json, validate
 
 
 def message(content: dict, *overrides: str) -> str:
@@ -47,6 +47,39 @@ def message(content: dict, *overrides: str) -> str:
 )
 def test_an_override_is_blamed_on_itself(override, expected):
     assert message({"seed": 3}, override).startswith(expected)
+
+
+class Typed(Recipe):
+    name: str = ""
+    folder: str | None = None
+    rate: float = 1.0
+    either: str | float = ""
+    names: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        *(
+            (f"name={text}", "name", text)
+            for text in ("1e5", "nan", "infinity", "1_0", "007", "yes", "2024-01-01", "3")
+        ),
+        ("folder=1e-4", "folder", "1e-4"),
+        ("folder=null", "folder", None),
+        ("rate=1e-4", "rate", 1e-4),
+        ("rate=+2E3", "rate", 2e3),
+        ("either=1e5", "either", 1e5),
+        ("names=[a, b]", "names", ("a", "b")),
+    ],
+)
+def test_the_type_of_a_field_decides_what_its_text_means(override, field, value):
+    assert getattr(validate(Typed, {}, [override]), field) == value
+
+
+@pytest.mark.parametrize("text", ["ten", "1e", "e5", "1e5x"])
+def test_text_is_no_number(text):
+    with pytest.raises(RecipeError, match="--set rate"):
+        validate(Typed, {}, [f"rate={text}"])
 
 
 def test_the_file_is_blamed_for_what_is_in_the_file():

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -48,7 +47,13 @@ from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.splits.training_history import TrainingHistory
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.models.model_folder import is_hub_id, silence_transformers
+from brainfound.models.model_folder import (
+    is_hub_id,
+    make_draft_name,
+    recover_folder,
+    replace_folder,
+    silence_transformers,
+)
 from brainfound.models.stack_prediction import unwrap_peft
 from brainfound.report.cards import write_model_card
 
@@ -91,6 +96,7 @@ def save_bundle(
         ModelError: if the model cannot be bundled, the folder is taken, or the reloaded outputs differ.
     """
     folder = Path(folder)
+    recover_folder(folder)
     is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if is_taken and not (overwrite and (folder / "bundle.json").is_file()):
         remedy = "Choose a new folder, or overwrite a bundle"
@@ -98,8 +104,7 @@ def save_bundle(
     body = unwrap_peft(model)
     _require_bundlable(body, preprocessing)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    previous = draft.with_suffix(".previous")
+    draft = make_draft_name(folder)
     draft.mkdir()
     try:
         if contract is not None:
@@ -114,22 +119,16 @@ def save_bundle(
         if card is not None:
             write_model_card(draft, {"name": folder.resolve().parent.name, **card})
         _require_same_outputs(draft, model, example)
-        if folder.exists():
-            # Moved, not removed: the previous bundle stays whole until the new one is in place.
-            folder.rename(previous)
-        draft.rename(folder)
+        replace_folder(folder, draft)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        if previous.exists() and not folder.exists():
-            previous.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
     return folder
 
 
 def _require_bundlable(body: Any, preprocessing: Preprocessing) -> None:
     if type(body) not in MODEL_CLASSES.values():
         expected = ", ".join(kind.__name__ for kind in MODEL_CLASSES.values())
-        raise ModelError(f"a {type(body).__name__} cannot be bundled", expected=expected)
+        raise ModelError(f"a {type(body).__name__} cannot be bundled", expected=expected, remedy="Give such a model")
     got, expected = ", ".join(preprocessing.contrasts), ", ".join(body.config.contrasts)
     if got != expected:
         text = "the preprocessing and the model have different contrasts"
@@ -169,7 +168,11 @@ def _write(draft: Path, model: Any, labels: dict[str, Any], metadata: dict[str, 
     try:
         text = json.dumps(content, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ModelError(f"labels and metadata must be plain values: {error}", where=draft.name) from error
+        what, remedy = (
+            f"labels and metadata must be plain values: {error}",
+            "Give text, finite numbers, lists and dicts",
+        )
+        raise ModelError(what, where=draft.name, remedy=remedy) from error
     (draft / "bundle.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -62,6 +62,8 @@ TRAINED_FILE = "trained.safetensors"
 MODEL_FILE = "model.safetensors"
 BASELINE_FILE = "frozen_baseline.safetensors"
 WEIGHTS_FILES = {"adapter": ADAPTER_FILE, "trained": TRAINED_FILE, "full": MODEL_FILE}
+_READ_SUFFIXES = {".safetensors", ".json"}
+"""Endings of the files that are read, so that each must be listed."""
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -186,6 +188,11 @@ def _verify_files(folder: Path, content: dict[str, Any]) -> None:
         if path.suffix in _PICKLE_SUFFIXES:
             text = "pickled files are refused because they can run code"
             raise ModelError(text, where=path, remedy="Remove the file")
+        name = path.relative_to(folder).as_posix()
+        is_read = path.suffix in _READ_SUFFIXES and not any(part.startswith(".") for part in Path(name).parts)
+        if is_read and name not in (*content["files"], "bundle.json"):
+            text, remedy = "this file is not part of the bundle: bundle.json does not list it", "Remove the file"
+            raise ModelError(text, where=path, remedy=remedy)
     needed = {"config.json", "preprocessing.json", WEIGHTS_FILES[content["weights"]]}
     for name in sorted(needed | set(content["files"])):
         path = folder / name
@@ -254,7 +261,8 @@ def _load_trained(model: Any, folder: Path) -> Any:
         for name, value in own.items():
             got, expected = tuple(saved[name].shape), tuple(value.shape)
             if got != expected:
-                raise ModelError(f"{name} has another shape", where=path, got=got, expected=expected)
+                what, remedy = f"{name} has another shape", "Export the model again"
+                raise ModelError(what, where=path, got=got, expected=expected, remedy=remedy)
             value.copy_(saved[name])
     return model
 

@@ -18,15 +18,19 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a recipe, store, run or model."""
+    from brainfound.recipes import read_json
+
     path = Path(what)
     if verify:
         from brainfound.data.store import Store
 
-        print(f"{Store.open(path).verify()}  every byte is as it was written")
+        content_hash = Store.open(path).verify()
+        verified = {"content_hash": content_hash, "verified": True}
+        print(json.dumps(verified, indent=1) if as_json else f"{content_hash}  every byte is as it was written")
         return
     for name in ("store.json", "scores.json", "run.json", "bundle.json", "config.json"):
         if (path / name).is_file():
-            content = json.loads((path / name).read_text(encoding="utf-8"))
+            content = read_json(path / name, "Copy the folder again")
             if as_json:
                 print(json.dumps(content, indent=1))
             else:

@@ -20,7 +20,7 @@ import pandas as pd
 from brainfound.adapters.bundle_reader import Bundle, load_bundle
 from brainfound.data.splits.split_file import Split
 from brainfound.data.store import Store
-from brainfound.errors import ModelError, UsageError
+from brainfound.errors import UsageError
 from brainfound.experiments.folder import (
     CASES_FILE,
     GROUP_COLUMNS,
@@ -42,6 +42,7 @@ from brainfound.experiments.systems import SystemSpec, non_empty_subsets
 from brainfound.files import nan_as_none, write_atomically
 from brainfound.finetuning.frozen_baseline import (
     FrozenBaseline,
+    NoFrozenBaselineError,
     load_frozen_baseline,
     score_frozen_baseline,
     scoring_from_bundle,
@@ -51,6 +52,7 @@ from brainfound.finetuning.scoring import FROZEN_CASES_FILE, read_cases, read_sc
 from brainfound.finetuning.tasks import TargetColumn, Task, from_dict
 from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.registry import METRICS, PRIMARY_METRIC
+from brainfound.recipes import read_json
 from brainfound.training.process import process_state
 from brainfound.training.run_folder import EXPORT_FOLDER, versions
 
@@ -222,7 +224,7 @@ def _load_frozen_baseline(bundle: Bundle, target: Task) -> FrozenBaseline | None
     """The frozen baseline; None where the bundle has none, or lacks its backbone."""
     try:
         return load_frozen_baseline(bundle, target, process_state().device)
-    except ModelError:
+    except NoFrozenBaselineError:
         return None  # after full fine-tuning; the page leaves these cells empty
 
 
@@ -241,7 +243,8 @@ def missing_contrast_rows(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     full: dict[tuple[str, int], float] = {}
     for run in table.to_dict(orient="records"):
-        for content in json.loads((folder / run["run"] / MISSING_CONTRASTS_FILE).read_text(encoding="utf-8")):
+        file = folder / run["run"] / MISSING_CONTRASTS_FILE
+        for content in read_json(file, "Remove it and continue with --resume", content_type=list):
             scores, key = make_score_columns(content), (run["fold"], run["seed"])
             primary = METRICS[PRIMARY_METRIC[content["task"]]]
             if content["absence"] == NONE:

@@ -10,7 +10,6 @@ is the mean over them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from brainfound.errors import UsageError, mistaken_for
 from brainfound.experiments.folder import RUNS_FILE
 from brainfound.finetuning.scoring import CASES_FILE, FROZEN_CASES_FILE, SUBJECT_ROW, read_cases
 from brainfound.metrics.cases import list_table_metrics
-from brainfound.training.run_folder import FACTS_FILE
+from brainfound.training.run_folder import read_facts
 
 
 @dataclass(frozen=True)
@@ -214,15 +213,11 @@ def _read_experiment_systems(folder: Path) -> dict[str, list[list[Path]]]:
 
 
 def _read_facts(run: Path) -> dict[str, Any]:
-    file = run / FACTS_FILE
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-        if facts["kind"] != "finetune":
-            raise UsageError("not a run of fine-tuning", where=run, got=facts["kind"])
-        return {"data_hash": facts["data_hash"], "target": facts["target"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        got = f"{type(error).__name__}: {error}"
-        raise UsageError("the facts of a run cannot be read", where=file, got=got) from None
+    facts = read_facts(run, "data_hash")
+    if facts.get("kind") != "finetune":
+        remedy = "Give a folder that finetune wrote"
+        raise UsageError("not a run of fine-tuning", where=run, got=facts.get("kind"), remedy=remedy)
+    return read_facts(run, "data_hash", "target")
 
 
 def _require_same_task_and_target(facts: dict[str, list[dict[str, Any]]]) -> None:
@@ -231,7 +226,10 @@ def _require_same_task_and_target(facts: dict[str, list[dict[str, Any]]]) -> Non
     for name, of_system in facts.items():
         for key, what in (("task", "another task"), ("column", "another target")):
             if other := [fact["target"][key] for fact in of_system if fact["target"][key] != expected[key]]:
-                raise UsageError(f"{what} than {first}", where=name, got=other[0], expected=expected[key])
+                remedy = "Compare runs of one task and target"
+                raise UsageError(
+                    f"{what} than {first}", where=name, got=other[0], expected=expected[key], remedy=remedy
+                )
 
 
 def _read_seed(files: Sequence[Path], match_by_name: bool) -> pd.DataFrame:

@@ -80,7 +80,7 @@ class EmbeddingCache:
         try:
             self._embeddings, self._done = self._open(facts)
         except (OSError, ValueError) as error:
-            what, remedy = "the cache of embeddings cannot be used", "Remove this folder; it is made again"
+            what, remedy = "the cache of embeddings cannot be used", "Remove this folder; it is created again"
             raise TrainingError(what, where=self.path, got=str(error), remedy=remedy) from error
 
     def ensure_embedded(self, sessions: Sequence[int], progress: Callable[[int, int], None] | None = None) -> int:

@@ -162,7 +162,7 @@ def resolve_parts_and_task(
 
 def _require_same_model_and_task(folder: Path, model: str, task: Task) -> None:
     """Refuse to resume a run that started from another model, or whose labels mean something else."""
-    before = json.loads((folder / run_folder.FACTS_FILE).read_text(encoding="utf-8"))
+    before = run_folder.read_facts(folder, "model", "target")
     if before["model"] != model:
         raise UsageError("the run has another model", where=folder, got=model, expected=before["model"])
     now = json.loads(json.dumps(task.to_dict()))

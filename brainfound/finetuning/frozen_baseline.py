@@ -195,6 +195,10 @@ def _choose_patches(
     return np.concatenate(chosen), np.concatenate(weights)
 
 
+class NoFrozenBaselineError(ModelError):
+    """A bundle has no frozen baseline, or lacks the backbone for it; it is not damaged."""
+
+
 FrozenBaseline = VolumeLinearProbe | PatchClassifier
 """A linear model on an untouched backbone."""
 
@@ -256,11 +260,12 @@ def load_frozen_baseline(
     ``base`` is the model that the run started from, needed only for a bundle from full fine-tuning.
 
     Raises:
-        ModelError: the bundle has no baseline or no backbone, or ``base`` is another model.
+        NoFrozenBaselineError: the bundle has no baseline or no backbone.
+        ModelError: its baseline is damaged, or ``base`` is another model.
     """
     if not bundle.baseline:
         remedy = "Fine-tune with frozen_baseline=true"
-        raise ModelError("the bundle has no frozen baseline", where=bundle.folder, remedy=remedy)
+        raise NoFrozenBaselineError("the bundle has no frozen baseline", where=bundle.folder, remedy=remedy)
     pretrained = bundle.load_pretrained()
     if pretrained is not None and base is not None:
         what = "the bundle holds the backbone that its run started from"
@@ -284,7 +289,7 @@ def _load_starting_model(bundle: Bundle, task: Task, base: str | Path | None) ->
     remedy = "Give the model that the run started from as --base"
     if base is None:
         what = "the bundle has no frozen baseline: all weights were trained, and those before are not in it"
-        raise ModelError(what, where=bundle.folder, remedy=remedy)
+        raise NoFrozenBaselineError(what, where=bundle.folder, remedy=remedy)
     own = bundle.model.config
     # Without the head that the starting model may have.
     model = load_initial_model(BrainFoundModel, base, own.contrasts, stem=own.stem, slice_features=own.slice_features)

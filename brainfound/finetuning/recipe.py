@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from brainfound.adapters.attach import AdapterRecipe
 from brainfound.errors import RecipeError
@@ -30,6 +30,22 @@ class FinetuneOptimRecipe(Recipe):
     """Share of the steps over which the rate rises."""
     clip_norm: float = Field(1.0, gt=0)
     """Largest gradient norm."""
+
+
+class FinetuneEngineRecipe(EngineRecipe):
+    """Engine settings for fine-tuning."""
+
+    steps: int = Field(500, ge=1)
+    """Optimiser steps in the whole run."""
+    batch_size: int = Field(4, ge=1)
+    """Volumes in one optimiser step, over all ranks and micro-batches."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_num_workers(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and "num_workers" in given:
+            raise ValueError("num_workers is for pretraining; fine-tuning reads in the training process: leave it out")
+        return given
 
 
 class FinetuneRecipe(Recipe):
@@ -80,7 +96,7 @@ class FinetuneRecipe(Recipe):
     optim: FinetuneOptimRecipe = FinetuneOptimRecipe()
     augmentation: VolumeAugmentation = VolumeAugmentation()
     """none, mild (for classification and regression), strong (for segmentation), or its fields one by one."""
-    engine: EngineRecipe = EngineRecipe(steps=500, batch_size=4, num_workers=0)
+    engine: FinetuneEngineRecipe = FinetuneEngineRecipe()
 
 
 # Neither of these affects the weights.

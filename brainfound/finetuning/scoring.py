@@ -26,6 +26,7 @@ from brainfound.metrics.comparison import score_intervals
 from brainfound.metrics.registry import PRIMARY_METRIC, TABLE_METRICS
 from brainfound.metrics.statistics import CONFIDENCE, NUM_RESAMPLES, explain_missing_interval
 from brainfound.models.stack_prediction import StackPrediction, infer, infer_embedded
+from brainfound.recipes import read_json
 
 SCORES_FILE, CASES_FILE = "scores.json", "cases.tsv"
 FROZEN_CASES_FILE = "frozen-cases.tsv"
@@ -124,7 +125,8 @@ def read_cases(file: Path) -> pd.DataFrame:
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
+    """The content of a run's scores.json; BrainFoundError if it cannot be read."""
+    return read_json(folder / SCORES_FILE, "Remove the export folder of the run, then continue with --resume")
 
 
 def score_sessions(

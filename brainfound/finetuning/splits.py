@@ -8,7 +8,6 @@ A bundle may be shared, so it keeps hashes, see `brainfound.data.splits.training
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -258,7 +257,7 @@ def _labelled_parts(
     for part in PARTS:
         if part not in parts:
             option = "--validation 0.1" if part == "validation" else "--test 0.2"
-            remedy = f"Make it with a {part} part: brainfound split STORE NEW.json {option}"
+            remedy = f"Create it with a {part} part: brainfound split STORE NEW.json {option}"
             raise UsageError(f"training needs the part {part!r}, and the split has none", where=where, remedy=remedy)
         parts[part] = np.intersect1d(parts[part], labelled)
         if not len(parts[part]):
@@ -292,7 +291,7 @@ def resolve_split_file(
     own = folder / RUN_SPLIT_FILE
     if not (resume and own.is_file()):
         return (None if given is None else Path(given)), fold
-    before = json.loads((folder / run_folder.FACTS_FILE).read_text(encoding="utf-8"))["target"]["column"]
+    before = run_folder.read_facts(folder, "target")["target"]["column"]
     if before != target.name:
         raise UsageError("the run learns another target", where=folder, got=target.name, expected=before)
     if given is not None:

@@ -30,7 +30,7 @@ from brainfound.models.stack_prediction import unwrap_peft
 from brainfound.recipes import load
 from brainfound.training import distributed
 from brainfound.training.data_loading import EpochOrder, RankBatchSampler
-from brainfound.training.optim import warmup_schedule
+from brainfound.training.optim import OptimRecipe, parameter_settings, warmup_schedule
 from brainfound.training.randomness import INITIALISATION, StepKey, derive_seed
 from brainfound.training.task import TrainTask
 
@@ -81,10 +81,11 @@ class FinetuneTask(TrainTask):
         groups: dict[tuple[str, bool], dict[str, Any]] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                role = "backbone" if ".backbone." in name else "new"
-                decays = parameter.ndim > 1 and not any(word in name for word in ("token", "embedding"))
-                new_group = {"params": [], "role": role, "lr_scale": 1.0, "decays": decays}
-                groups.setdefault((role, decays), new_group)["params"].append(parameter)
+                # Role and decay only; the learning rate has no layer decay here.
+                settings = parameter_settings(name, parameter, 0, OptimRecipe())
+                role = settings.role if ".backbone." in name else "new"
+                new_group: dict[str, Any] = {"params": [], "role": role, "lr_scale": 1.0, "decays": settings.decays}
+                groups.setdefault((role, settings.decays), new_group)["params"].append(parameter)
         return torch.optim.AdamW(list(groups.values()), lr=self.recipe.optim.lr, fused=True)
 
     def batches(self, first_step: int) -> Iterator[tuple[Any, np.ndarray, StepKey]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from brainfound.data.cohort import Cohort, Session
 from brainfound.errors import BrainFoundError, RefusedInputError, UsageError
@@ -53,7 +53,8 @@ def predict(
         source: a cohort, or a path that `Cohort.read` recognises.
         out: the folder for the files of each session; None writes nothing. With a folder, outcomes hold no images.
         probabilities: also write the probability maps of a segmentation.
-        overwrite: predict again; otherwise sessions with a JSON in ``out`` are skipped.
+        overwrite: predict again; otherwise sessions with a JSON in ``out`` are skipped, and it is an error
+            of the session if that answer has another model or other options.
         progress: called with (sessions done, number of sessions).
     """
     predictor = model if isinstance(model, Predictor) else load(model)
@@ -67,7 +68,10 @@ def predict(
         prediction.save(out, name, probabilities=probabilities, overwrite=True)
         return prediction.without_images()
 
-    done = None if out is None or overwrite else (Path(out), ".json")
+    done = None
+    if out is not None and not overwrite:
+        settings = predictor.prediction_settings | {"probabilities": probabilities and predictor.per_voxel}
+        done = _Done(Path(out), ".json", predictor, settings)
     return _answer_sessions(predictor, source, done, answer, progress)
 
 
@@ -88,7 +92,8 @@ def explain_cohort(
     Args:
         model, source, progress: as for `predict`.
         method, class_name: see `brainfound.inference.explanation.choose_methods`.
-        overwrite: explain again; otherwise sessions with an explanation in ``out`` are skipped.
+        overwrite: explain again; otherwise sessions with an explanation in ``out`` are skipped, as for
+            `predict`.
     """
     predictor = model if isinstance(model, Predictor) else load(model)
     methods = choose_methods(predictor.model, predictor.target, method, class_name)
@@ -98,46 +103,60 @@ def explain_cohort(
         explanation.save(out, name, overwrite=True)
         return replace(explanation, maps={})
 
-    done = None if overwrite else (Path(out), "_explanation.json")
+    settings = predictor.explanation_settings(methods, class_name)
+    done = None if overwrite else _Done(Path(out), "_explanation.json", predictor, settings)
     return _answer_sessions(predictor, source, done, answer, progress)
 
 
-def _model_hash(file: Path) -> str | None:
-    try:
-        return json.loads(file.read_text(encoding="utf-8")).get("model_hash")
-    except (OSError, ValueError, AttributeError):
-        return None
+@dataclass(frozen=True)
+class _Done:
+    """The answers that a folder already has, by the ending of their files."""
 
+    folder: Path
+    ending: str
+    predictor: Predictor
+    settings: dict[str, Any]
 
-def _find_answered(sessions: Sequence[Session], folder: Path, ending: str, model_hash: str) -> set[tuple[str, str]]:
-    """Subject and session of the answers in a folder; UsageError if one is of another model."""
-    answered = set()
-    for session in sessions:
-        file = folder / f"{file_stem(session.subject, session.session)}{ending}"
+    def has(self, session: Session) -> bool:
+        """Whether a session need not be answered again; UsageError if its answer has another model or options."""
+        file = self.folder / f"{file_stem(session.subject, session.session)}{self.ending}"
         if not file.is_file():
-            continue
-        if _model_hash(file) != model_hash:
-            remedy = "Give another folder, or overwrite"
-            raise UsageError("the folder has an answer of another model", where=folder, got=file.name, remedy=remedy)
-        answered.add((session.subject, session.session))
-    return answered
+            return False
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = None
+        content = content if isinstance(content, dict) else {}
+        remedy = "Give another folder, or overwrite"
+        if content.get("model_hash") != self.predictor.model_hash:
+            raise UsageError(
+                "the folder has an answer of another model", where=self.folder, got=file.name, remedy=remedy
+            )
+        saved = content.get("settings")
+        if saved != self.settings:
+            saved = saved if isinstance(saved, dict) else {}
+            names = [name for name in {**self.settings, **saved} if saved.get(name) != self.settings.get(name)]
+            got, expected = (", ".join(f"{k} {of.get(k)}" for k in names) for of in (saved, self.settings))
+            what = "the folder has an answer with other options"
+            raise UsageError(what, where=self.folder, got=got, expected=expected, remedy=remedy)
+        return not (self.predictor.strict and content.get("input_level") == "fail")
 
 
 def _answer_sessions(
     predictor: Predictor,
     source: str | Path | Cohort,
-    done: tuple[Path, str] | None,
+    done: _Done | None,
     answer: Callable[[PredictorInput, str], _Result],
     progress: Callable[[int, int], None] | None,
 ) -> list[Outcome[_Result]]:
-    """Answer each session from its input and name, unless `done`, a folder and the ending of a file, has its file."""
+    """Answer each session from its input and name, unless it is `done`."""
     cohort = source if isinstance(source, Cohort) else Cohort.read(source)
     sessions = list(cohort.sessions())
 
-    answered = set() if done is None else _find_answered(sessions, *done, predictor.model_hash)
+    answered = {file_stem(s.subject, s.session) for s in sessions if done is not None and done.has(s)}
 
     def prepare(session: Session) -> PredictorInput | BrainFoundError | str:
-        if (session.subject, session.session) in answered:
+        if file_stem(session.subject, session.session) in answered:
             return "already done"
         try:
             return predictor.prepare(session)

@@ -38,14 +38,19 @@ from brainfound.experiments.folder import (
 )
 from brainfound.experiments.page import write_experiment_page
 from brainfound.experiments.systems import non_empty_subsets, short_name
-from brainfound.finetuning.frozen_baseline import load_frozen_baseline, score_frozen_baseline, scoring_from_bundle
+from brainfound.finetuning.frozen_baseline import (
+    NoFrozenBaselineError,
+    load_frozen_baseline,
+    score_frozen_baseline,
+    scoring_from_bundle,
+)
 from brainfound.finetuning.scoring import SessionScores, score_sessions
 from brainfound.finetuning.tasks import ScoringRecipe, TargetColumn, Task
 from brainfound.inference.loading import bundle_folder, load, make_predictor
 from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.registry import METRICS, PRIMARY_METRIC, EmptyCase
-from brainfound.recipes import validate
+from brainfound.recipes import read_json, validate
 
 _KIND = "evaluation"
 
@@ -70,7 +75,7 @@ def require_writable(folder: Path) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     file = folder / SUMMARY_FILE
-    if not file.is_file() or json.loads(file.read_text(encoding="utf-8")).get("kind") != _KIND:
+    if not file.is_file() or read_json(file, "Give another --out").get("kind") != _KIND:
         raise UsageError("the folder holds something else", where=folder, remedy="Give another --out")
 
 
@@ -158,7 +163,7 @@ def evaluate(
         model: a run folder or a bundle; both know their split.
         data: a store. On the store of the run, the sessions of ``part``; on any other, all labelled sessions except
             those of training subjects and those with an image of such a subject under another name.
-        without: contrasts to withhold.
+        without: contrasts to withhold; not with ``partial_input``.
         partial_input: score every non-empty subset of the contrasts that the model reads, full input first.
         part: ``"test"``, ``"validation"`` or ``"train"``.
         frozen: also score the bundle's linear model on the frozen backbone, on the same sessions and contrasts; doubles
@@ -177,6 +182,9 @@ def evaluate(
     Raises:
         ModelError: the model has no head. UsageError: no session is left to score, or ``out`` holds something else.
     """
+    if partial_input and without:
+        what, remedy = "partial input scores every subset of the contrasts already", "Leave one of the two out"
+        raise UsageError(what, where="--without with --partial-input", got=", ".join(without), remedy=remedy)
     if part not in PARTS:
         raise UsageError("a split has no such part", where="--part", got=part, expected=", ".join(PARTS))
     if out is not None:
@@ -214,7 +222,7 @@ def evaluate(
     if frozen:
         try:
             baseline = load_frozen_baseline(bundle, target, predictor.device, base)
-        except ModelError as error:
+        except NoFrozenBaselineError as error:
             if base is not None:
                 raise
             general.append(f"{error.what}. {error.remedy}")

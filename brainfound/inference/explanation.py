@@ -24,13 +24,13 @@ from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import UsageError, did_you_mean
 from brainfound.finetuning.tasks import Task, VolumeTask
 from brainfound.inference.explanation_methods import (
-    WEIGHING_AGGREGATORS,
     ExplanationInputs,
     component_maps,
     gradient_times_input,
     principal_components,
     scale_to_unit_range,
     slice_weights,
+    weighs_slices,
 )
 from brainfound.inference.prediction import file_stem, require_new, write_image, write_json
 from brainfound.models.model import BrainFoundForSegmentation
@@ -55,7 +55,7 @@ class Explanation:
         slices: the slices of the prepared stack that were read, inferior to superior; the others show the nearest one.
         positions_mm: positions of those slices along the stack, 0 at its middle.
         contrasts, missing: contrasts that were read, and contrasts of the model that were absent.
-        notes, rejected, model_hash: as in `Prediction`.
+        notes, rejected, model_hash, settings: as in `Prediction`.
     """
 
     maps: dict[str, nib.Nifti1Image]
@@ -72,6 +72,7 @@ class Explanation:
     input_level: Level | None = None
     name: str = ""
     model_hash: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, contrasts and notes, for JSON."""
@@ -87,6 +88,7 @@ class Explanation:
             "rejected": list(self.rejected),
             "notes": list(self.notes),
             "model_hash": self.model_hash,
+            "settings": self.settings,
             "input_level": self.input_level,
             "caution": CAUTION,
             "not_a_medical_device": True,
@@ -147,9 +149,8 @@ def _unsupported_reason(method: str, model: nn.Module, target: Task | None) -> s
             "rollout": "a segmentation does not read the class token, whose attention the rollout follows",
             "gradient": "a segmentation has a score for every voxel, not one to follow back",
         }.get(method, "")
-    aggregator = inner.config.aggregator
-    if method == "slice-attention" and aggregator not in WEIGHING_AGGREGATORS:
-        return f"the aggregator {aggregator!r} of the model weighs no slices"
+    if method == "slice-attention" and not weighs_slices(model):
+        return f"the aggregator {inner.config.aggregator!r} of the model weighs no slices"
     if method == "gradient" and target is None:
         return "an encoder has no score to follow back"
     return ""

@@ -35,8 +35,12 @@ from brainfound.models.model import BrainFoundForSegmentation
 from brainfound.models.stack_prediction import require_same_contrasts, unwrap_peft
 from brainfound.models.stem import PresentImages
 
-WEIGHING_AGGREGATORS = ("attention", "transformer")
-"""Aggregators that weigh slices by their content."""
+
+def weighs_slices(model: nn.Module) -> bool:
+    """Whether a model's aggregator weighs slices by their content."""
+    inner = unwrap_peft(model)
+    aggregator = getattr(inner, "brainfound", inner).aggregator
+    return aggregator.has_weights and not aggregator.has_uniform_weights
 
 
 def block_attention(block: Any, tokens: Float[Tensor, "images tokens width"]) -> Float[Tensor, "images tokens tokens"]:
@@ -87,7 +91,7 @@ def slice_weights(
     model: nn.Module, embeddings: Float[Tensor, "slices width"], positions_mm: Float[Tensor, "1 slices"]
 ) -> Float[Tensor, "slices"] | None:
     """The weight of each slice in the volume, with sum 1; None for an aggregator without weights."""
-    if unwrap_peft(model).config.aggregator not in WEIGHING_AGGREGATORS:
+    if not weighs_slices(model):
         return None
     weights = model(slice_embeddings=embeddings[None], positions_mm=positions_mm).slice_weights[0]
     return weights / weights.sum()

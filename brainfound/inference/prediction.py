@@ -69,6 +69,7 @@ class Prediction:
         input_level: the gravest finding of the model's input contract; None if the scans were not compared with one.
         name: for its files, of scans that were given as files.
         model_hash: of the weights that gave the answer.
+        settings: the options of the predictor that gave it, as plain values.
     """
 
     task: str
@@ -87,6 +88,7 @@ class Prediction:
     input_level: Level | None = None
     name: str = ""
     model_hash: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Answer, contrasts and notes, for JSON."""
@@ -101,6 +103,7 @@ class Prediction:
             "notes": list(self.notes),
             "input_level": self.input_level,
             "model_hash": self.model_hash,
+            "settings": self.settings,
             "not_a_medical_device": True,
         }
 
@@ -135,7 +138,8 @@ class Prediction:
             written.append(folder / f"{name}_embedding.npy")
             np.save(written[-1], self.embedding)
         written.append(folder / f"{name}.json")
-        write_json(self.to_dict(), written[-1])
+        settings = self.settings | {"probabilities": probabilities and self.probability is not None}
+        write_json(self.to_dict() | {"settings": settings}, written[-1])
         return written
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,7 @@ class Predictor:
             input_level=ready.level,
             name=ready.name,
             model_hash=self.model_hash,
+            settings=self.explanation_settings(method, class_name),
         )
 
     def explain_stack(
@@ -323,6 +324,21 @@ class Predictor:
             digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    @property
+    def prediction_settings(self) -> dict[str, Any]:
+        """What a prediction depends on besides scans and weights, as plain values."""
+        options = asdict(self.options) if self.per_voxel else {}
+        options.pop("class_probabilities", None)  # adds files; the answer is the same
+        return {"task": self.task, "num_slices": self.num_slices, "hooks": [h.name for h in self.hooks], **options}
+
+    def explanation_settings(
+        self, method: str | Sequence[str] | None = None, class_name: str | None = None
+    ) -> dict[str, Any]:
+        """What an explanation depends on besides scans and weights, as plain values."""
+        methods = list(choose_methods(self.model, self.target, method, class_name))
+        shared = {name: self.prediction_settings[name] for name in ("num_slices", "hooks")}
+        return {"methods": methods, "class": class_name, **shared}
+
     def predict_prepared(self, ready: PredictorInput) -> Prediction:
         """Predict a session that `prepare` has read."""
         target, options = self.target, self.options
@@ -344,6 +360,7 @@ class Predictor:
             "input_level": ready.level,
             "name": ready.name,
             "model_hash": self.model_hash,
+            "settings": self.prediction_settings,
         }
         if target is None:
             assert answer.embedding is not None

@@ -100,7 +100,11 @@ def bootstrap_interval(
     Source: B. Efron and R. J. Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13.
     """
     if not 0 < confidence < 1 or num_resamples < 1:
-        raise UsageError("invalid settings of the bootstrap", got=f"confidence {confidence}, {num_resamples} resamples")
+        got, remedy = (
+            f"confidence {confidence}, {num_resamples} resamples",
+            "Give a confidence of 0.95 and 1000 resamples",
+        )
+        raise UsageError("invalid settings of the bootstrap", got=got, remedy=remedy)
     arrays = _aligned(values)
     owner, by_subject = _number_subjects(subjects, arrays)
     groups = np.split(by_subject, np.cumsum(np.bincount(owner))[:-1])
@@ -114,7 +118,8 @@ def bootstrap_interval(
         resampled[i] = metric(*(array[cases] for array in arrays))
     defined = resampled[~np.isnan(resampled)]
     if defined.size == 0:
-        raise UsageError("the metric is undefined on every resample", got=f"{len(groups)} subjects")
+        got, remedy = f"{len(groups)} subjects", "Give more subjects, of every class"
+        raise UsageError("the metric is undefined on every resample", got=got, remedy=remedy)
     tail = (1 - confidence) / 2
     num_undefined = num_resamples - defined.size
     low, high = np.quantile(defined, [tail, 1 - tail])
@@ -145,7 +150,8 @@ def paired_permutation_test(
     """
     first, second = _aligned((a, b))
     if first.shape != second.shape:
-        raise UsageError("the two systems differ in shape", got=f"{first.shape} and {second.shape}")
+        got, remedy = f"{first.shape} and {second.shape}", "Give the same cases of both, in the same order"
+        raise UsageError("the two systems differ in shape", got=got, remedy=remedy)
     observed = abs(metric(first) - metric(second))
     if np.isnan(observed):
         return float("nan")
@@ -178,7 +184,8 @@ def holm(p_values: Any) -> np.ndarray:
     """
     given = np.asarray(p_values, dtype=np.float64)
     if given.ndim != 1 or ((given < 0) | (given > 1)).any():
-        raise UsageError("not p values", where="p_values", got=given.tolist(), expected="a list of numbers 0 to 1")
+        got, remedy = given.tolist(), "Give one p value of each test; NaN for an undefined one"
+        raise UsageError("not p values", where="p_values", got=got, expected="a list of numbers 0 to 1", remedy=remedy)
     tests = np.flatnonzero(~np.isnan(given))
     order = tests[np.argsort(given[tests], kind="stable")]
     factors = len(order) - np.arange(len(order))
@@ -190,11 +197,18 @@ def holm(p_values: Any) -> np.ndarray:
 def _aligned(values: tuple[Any, ...]) -> list[np.ndarray]:
     arrays = [np.asarray(value) for value in values]
     if not arrays or any(array.ndim == 0 for array in arrays):
-        raise UsageError("no cases were given", expected="arrays with one row per case")
+        remedy = "Give one array or more"
+        raise UsageError("no cases were given", expected="arrays with one row per case", remedy=remedy)
     lengths = {len(array) for array in arrays}
     if len(lengths) != 1 or 0 in lengths:
-        raise UsageError("the arrays do not have the same cases", got=[len(array) for array in arrays])
+        got, remedy = [len(array) for array in arrays], "Give one row per case in each array"
+        raise UsageError("the arrays do not have the same cases", got=got, remedy=remedy)
     return arrays
+
+
+def _bad_confidence(confidence: float) -> UsageError:
+    remedy = "Give a confidence such as 0.95"
+    return UsageError("not a share", where="confidence", got=confidence, expected="between 0 and 1", remedy=remedy)
 
 
 def _number_subjects(subjects: Any, arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -206,7 +220,8 @@ def _number_subjects(subjects: Any, arrays: list[np.ndarray]) -> tuple[np.ndarra
     num_cases = len(arrays[0])
     names = np.arange(num_cases) if subjects is None else np.asarray(subjects)
     if names.shape != (num_cases,):
-        raise UsageError("subjects do not fit the cases", where="subjects", got=names.shape, expected=(num_cases,))
+        got, expected, remedy = names.shape, (num_cases,), "Give one subject per case"
+        raise UsageError("subjects do not fit the cases", where="subjects", got=got, expected=expected, remedy=remedy)
     columns = [column for array in arrays for column in array.reshape(num_cases, -1).T]
     plain = [column.astype(str) if column.dtype == object else column for column in columns]
     codes = np.stack([np.zeros(num_cases, int), *(np.unique(own, return_inverse=True)[1] for own in plain)], axis=1)
@@ -239,7 +254,7 @@ def delong_interval(labels: Any, scores: Any, confidence: float = CONFIDENCE) ->
     fewer than two cases of a class.
     """
     if not 0 < confidence < 1:
-        raise UsageError("not a share", where="confidence", got=confidence, expected="between 0 and 1")
+        raise _bad_confidence(confidence)
     areas, covariance = _areas_and_covariance(labels, [scores])
     reach = float(stats.norm.ppf((1 + confidence) / 2) * np.sqrt(covariance[0, 0]))
     low, high = np.clip([areas[0] - reach, areas[0] + reach], 0, 1).tolist()
@@ -270,7 +285,8 @@ def _areas_and_covariance(labels: Any, systems: list[Any]) -> tuple[np.ndarray, 
     for scores in systems:
         of_classes = one_vs_rest(labels, scores)
         if len(of_classes) != 1:
-            raise UsageError("DeLong's test needs two classes", where="scores", got=f"{len(of_classes)} classes")
+            got, remedy = f"{len(of_classes)} classes", "Compare other metrics by bootstrap, or one class with the rest"
+            raise UsageError("DeLong's test needs two classes", where="scores", got=got, remedy=remedy)
         positive, values = of_classes[0]
         if is_constant(positive):
             nothing = np.full((len(systems), len(systems)), np.nan)
@@ -318,11 +334,13 @@ def fold_t_test(a: Any, b: Any, test_to_train: float | None = None, confidence: 
     """
     first, second = finite_array(a, "a"), finite_array(b, "b")
     if first.ndim != 1 or first.shape != second.shape or first.size == 0:
-        raise UsageError("the systems do not have the same folds", got=f"{first.shape} and {second.shape}")
+        got, remedy = f"{first.shape} and {second.shape}", "Give one score per fold of both, in the same order"
+        raise UsageError("the systems do not have the same folds", got=got, remedy=remedy)
     if test_to_train is not None and not (np.isfinite(test_to_train) and test_to_train >= 0):
-        raise UsageError("not a ratio", where="test_to_train", got=test_to_train, expected="n_test / n_train")
+        expected, remedy = "n_test / n_train", "Give a number of at least 0, or leave it out"
+        raise UsageError("not a ratio", where="test_to_train", got=test_to_train, expected=expected, remedy=remedy)
     if not 0 < confidence < 1:
-        raise UsageError("not a share", where="confidence", got=confidence, expected="between 0 and 1")
+        raise _bad_confidence(confidence)
     differences = first - second
     num_folds, mean = len(differences), float(differences.mean())
     spread = float(differences.std(ddof=1)) if num_folds > 1 else 0.0

@@ -31,6 +31,8 @@ class Aggregator(nn.Module, ABC):
     """Base class that drops padding; subclasses pool volumes in which every slice is valid."""
 
     has_weights = True
+    has_uniform_weights = False
+    """Whether every slice weighs the same, whatever it contains."""
 
     @abstractmethod
     def pool(
@@ -81,6 +83,8 @@ class Aggregator(nn.Module, ABC):
 
 class MeanAggregator(Aggregator):
     """The mean over slices."""
+
+    has_uniform_weights = True
 
     def pool(self, slices: Tensor, positions_mm: Tensor) -> tuple[Tensor, Tensor]:
         return slices.mean(dim=1), slices.new_full(slices.shape[:2], 1.0 / slices.shape[1])

@@ -249,7 +249,7 @@ def _preprocessor_error(source: str, why: str) -> ModelError:
     return ModelError(
         f"{_PREPROCESSOR_FILE} cannot be used: {why[:200]}",
         where=source,
-        remedy="Mend the file, or set image_mean and image_std",
+        remedy="Correct the file, or set image_mean and image_std",
     )
 
 

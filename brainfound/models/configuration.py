@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -28,6 +29,8 @@ _SMALLEST = {
     **dict.fromkeys(("slice_chunk", "aggregator_layers", "aggregator_width", "decoder_width", "tversky_gamma"), 1),
     **dict.fromkeys(("tversky_alpha", "tversky_beta", "focal_gamma", "classification_focal_gamma"), 0),
 }
+_POSITIVE = ("image_std", "target_std", "huber_delta", "regression_label_width", "initializer_range")
+_FINITE = ("image_mean", "target_mean")
 
 
 class BrainFoundConfig(PreTrainedConfig):
@@ -138,7 +141,8 @@ class BrainFoundConfig(PreTrainedConfig):
         _require_known("backbone_config.model_type", self.backbone_config.model_type, SUPPORTED_BACKBONES)
         contrasts = list(self.contrasts)
         if not contrasts or len(set(contrasts)) != len(contrasts):
-            raise ModelError("contrasts must be one or more different names", where="config.contrasts", got=contrasts)
+            what, remedy = "contrasts must be one or more different names", "Name each contrast once"
+            raise ModelError(what, where="config.contrasts", got=contrasts, remedy=remedy)
         if self.stem == "slices" and len(contrasts) > 1:
             raise ModelError(
                 "the stem 'slices' reads neighbouring slices of one contrast",
@@ -155,28 +159,39 @@ class BrainFoundConfig(PreTrainedConfig):
                     where=f"config.{field}",
                     got=value,
                     expected=f"{len(contrasts)} values",
+                    remedy=f"Give a number, or a list for {', '.join(contrasts)}",
                 )
         for field, smallest in _SMALLEST.items():
-            if not smallest <= getattr(self, field) < math.inf:
-                raise ModelError(f"must be at least {smallest}", where=f"config.{field}", got=getattr(self, field))
+            self._require(field, partial(_is_at_least, smallest), f"at least {smallest}")
+        for field in _POSITIVE:
+            self._require(field, lambda value: 0 < value < math.inf, "positive")
+        for field in _FINITE:
+            self._require(field, math.isfinite, "a finite number")
+        self._require("head_dropout", lambda value: 0 <= value < 1, "at least 0 and below 1")
         if not self.tversky_alpha + self.tversky_beta > 0:
-            what = "one of tversky_alpha and tversky_beta must be positive"
-            raise ModelError(what, where="config.tversky_alpha", got=0)
+            what, remedy = "one of tversky_alpha and tversky_beta must be positive", "Set one of them above 0"
+            raise ModelError(what, where="config.tversky_alpha", got=0, remedy=remedy)
         self._require_valid_head()
         depth = self.backbone_config.num_hidden_layers
-        if any(not 1 <= layer <= depth for layer in self.decoder_layers or ()):
-            where, expected = "config.decoder_layers", f"numbers from 1 to {depth}"
-            raise ModelError("blocks are counted from 1", where=where, got=self.decoder_layers, expected=expected)
+        layers = self.decoder_layers
+        if layers is not None and (not layers or any(not 1 <= layer <= depth for layer in layers)):
+            what, where = "a decoder reads one block or more, counted from 1", "config.decoder_layers"
+            expected, remedy = f"numbers from 1 to {depth}", "Leave it out for evenly spaced blocks"
+            raise ModelError(what, where=where, got=layers, expected=expected, remedy=remedy)
         # Input channels of the stem's patch convolution.
         self.backbone_config.num_channels = STEMS[self.stem].fixed_channels or len(contrasts)
         if hasattr(self.backbone_config, "use_mask_token"):
             # Masked-image objectives need it; in a checkpoint without one it starts at zero.
             self.backbone_config.use_mask_token = True
 
+    def _require(self, field: str, fits: Callable[[float], bool], expected: str) -> None:
+        """Raise a ModelError unless the number of a field, or each of its numbers, fits."""
+        value = getattr(self, field)
+        if not all(fits(number) for number in (value if isinstance(value, Iterable) else [value])):
+            remedy = f"Set {field} to a number that is {expected}"
+            raise ModelError(f"must be {expected}", where=f"config.{field}", got=value, remedy=remedy)
+
     def _require_valid_head(self) -> None:
-        for field in ("target_std", "huber_delta", "regression_label_width"):
-            if not getattr(self, field) > 0:
-                raise ModelError("must be positive", where=f"config.{field}", got=getattr(self, field))
         if self.regression_head != "point" and self.regression_loss != "smooth_l1":
             raise ModelError(
                 f"the head {self.regression_head!r} has a loss of its own",
@@ -187,9 +202,9 @@ class BrainFoundConfig(PreTrainedConfig):
         if self.regression_head == "bins":
             ends = list(self.regression_range or ())
             if len(ends) != 2 or not -math.inf < ends[0] < ends[1] < math.inf:
-                raise ModelError("bins need a range", where="config.regression_range", got=ends, expected="low < high")
-            if self.regression_bins < 2:
-                raise ModelError("must be at least 2", where="config.regression_bins", got=self.regression_bins)
+                where, remedy = "config.regression_range", "Give the lowest and the highest target: [20, 90]"
+                raise ModelError("bins need a range", where=where, got=ends, expected="low < high", remedy=remedy)
+            self._require("regression_bins", partial(_is_at_least, 2), "at least 2")
         weights = self.class_weights
         if weights is not None and (len(weights) != self.num_classes or not all(0 < w < math.inf for w in weights)):
             raise ModelError(
@@ -197,6 +212,7 @@ class BrainFoundConfig(PreTrainedConfig):
                 where="config.class_weights",
                 got=list(weights),
                 expected=f"{self.num_classes} values",
+                remedy="Give a weight above 0 for each class, or leave them out",
             )
 
     @property
@@ -228,6 +244,10 @@ class BrainFoundConfig(PreTrainedConfig):
         return [round(depth * (index + 1) / num_taken) for index in range(num_taken)]
 
 
+def _is_at_least(smallest: float, value: float) -> bool:
+    return smallest <= value < math.inf
+
+
 def config_fields() -> list[str]:
     """The fields that callers may set: those of `BrainFoundConfig`, and the labels of the task."""
     own = [name for name in BrainFoundConfig.__annotations__ if name not in ("backbone_config", "backbone_source")]
@@ -254,7 +274,7 @@ def _require_known(field: str, value: object, known: Iterable[str]) -> None:
             f"{value!r} is not available",
             where=f"config.{field}",
             expected=f"one of {', '.join(known)}",
-            remedy=f"Did you mean {close}?" if close else None,
+            remedy=f"Did you mean {close}?" if close else f"Set {field} to one of them",
         )
 
 

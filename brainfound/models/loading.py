@@ -133,7 +133,8 @@ def load_checked(
     allows_new_head = options.pop("ignore_mismatched_sizes", False)
     stem = options.pop("stem", None)
     if options.get("use_safetensors") is False:
-        raise ModelError("pickled weights are refused because they can run code", where=source)
+        remedy = "Leave use_safetensors out, and give a model with safetensors"
+        raise ModelError("pickled weights are refused because they can run code", where=source, remedy=remedy)
     options = {"dtype": torch.float32, **options, "use_safetensors": True}
     saved = _read_saved_config(source, options)
     given = options.get("config")

@@ -2,7 +2,8 @@
 
 Segmentation: a region term (Dice, Tversky) is computed over all slices together, because most slices lack most
 structures and a term per slice would reward empty predictions; it is averaged over the foreground classes or labels.
-A pixel term (cross-entropy, focal) is averaged over the labelled pixels. All losses ignore the label −100.
+A pixel term (cross-entropy, focal) is averaged over the labelled pixels. Losses of classes and of overlapping labels
+ignore the label −100, and are 0 if there is no other.
 
 Axis legend: B volumes, K classes or overlapping labels, N slices, H W pixels.
 """
@@ -20,6 +21,7 @@ from brainfound.errors import ModelError
 from brainfound.models.configuration import BrainFoundConfig
 
 IGNORED_LABEL = -100
+_LABELS_REMEDY = "Give one label per volume, a row per volume where several may hold, or a map of the images' size"
 # Powers below one have an infinite slope at 0.
 _SMALLEST_BASE = 1e-6
 
@@ -43,48 +45,53 @@ def classification_loss(
     class_weights: Sequence[float] | None = None,
     focal_gamma: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy for labels (B,), or binary cross-entropy for multi-label targets (B, K); a mean over volumes.
+    """Cross-entropy for labels (B,), or binary cross-entropy for multi-label targets (B, K); a mean over known labels.
 
     Args:
         class_weights: (K,) weight of each class, or of the positives of each label. The sum is divided by the number
-            of volumes, not by their weights, which would cancel out in a batch of one class.
+            of known labels, not by their weights, which would cancel out in a batch of one class.
         focal_gamma: each term is multiplied by (1 − p)^γ, where p is the probability of the truth (Lin et al., "Focal
             Loss for Dense Object Detection", ICCV 2017, eq. 4).
     """
     multi_label = problem_type == "multi_label_classification"
     _require_labels(labels, logits.shape if multi_label else logits.shape[:1])
-    logits = logits.float()
-    plain = class_weights is None and focal_gamma == 0
+    logits, known = logits.float(), labels != IGNORED_LABEL
     if multi_label:
-        truth = labels.float()
+        truth = labels.float() * known
         if bool(((truth < 0) | (truth > 1)).any()):
-            raise ModelError("a label among several is 0, 1 or a share between them", where="labels")
-        if plain:
-            return F.binary_cross_entropy_with_logits(logits, truth)
+            what, got = "a label among several is 0, 1 or a share between them", truth.aminmax()
+            remedy = f"Write {IGNORED_LABEL} for an unknown label"
+            raise ModelError(what, where="labels", got=f"{got.min:g} to {got.max:g}", remedy=remedy)
         losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
         weights = 1 + truth * (_as_tensor(class_weights, logits) - 1)
-        return (weights * _focal(losses, focal_gamma)).mean()
-    labels = labels.long()
-    if plain:
-        return F.cross_entropy(logits, labels)
-    known = labels != IGNORED_LABEL
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    weights = _as_tensor(class_weights, logits)[labels.clamp(min=0)] * known
-    return (weights * _focal(losses, focal_gamma)).sum() / known.sum().clamp(min=1)
+    else:
+        labels = labels.long()
+        if class_weights is None and focal_gamma == 0:
+            return F.cross_entropy(logits, labels, reduction="sum") / known.sum().clamp(min=1)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        weights = _as_tensor(class_weights, logits)[labels.clamp(min=0)]
+    return _masked_mean(weights * _focal(losses, focal_gamma), known)
+
+
+def _masked_mean(costs: Tensor, known: Tensor) -> Tensor:
+    """The mean of the costs where the label is known; 0 if none is."""
+    return (costs * known).sum() / known.sum().clamp(min=1)
 
 
 def _require_labels(labels: Tensor, shape: torch.Size) -> None:
     if labels.shape != shape:
-        raise ModelError("labels do not fit", got=f"shape {tuple(labels.shape)}", expected=f"shape {tuple(shape)}")
+        got, expected = f"shape {tuple(labels.shape)}", f"shape {tuple(shape)}"
+        raise ModelError("labels do not fit", where="labels", got=got, expected=expected, remedy=_LABELS_REMEDY)
 
 
 def _as_tensor(class_weights: Sequence[float] | None, logits: Tensor) -> Tensor:
     return logits.new_ones(logits.shape[1]) if class_weights is None else logits.new_tensor(list(class_weights))
 
 
-def _focal(losses: Tensor, gamma: float, smallest: float = torch.finfo(torch.float32).eps) -> Tensor:
-    """Cross-entropies times (1 − p)^γ, where 1 − p is at least `smallest`."""
+def _focal(losses: Tensor, gamma: float) -> Tensor:
+    """Cross-entropies times (1 − p)^γ."""
     # expm1 keeps the digits of 1 − p near p = 1; a power below 1 has no finite slope at 0.
+    smallest = torch.finfo(losses.dtype).eps
     return losses if gamma == 0 else (-torch.expm1(-losses)).clamp(min=smallest) ** gamma * losses
 
 
@@ -164,7 +171,7 @@ def tversky_loss(
 def focal_loss(logits: Tensor, labels: Tensor, gamma: float = 2.0, overlapping: bool = False) -> Tensor:
     """Cross-entropy of each pixel times (1 − probability of the truth)^gamma (Lin et al. 2017, eq. 4)."""
     costs, known = _pixel_costs(logits, labels, overlapping)
-    return _focal(costs, gamma, _SMALLEST_BASE).sum() / known.sum().clamp(min=1)
+    return _masked_mean(_focal(costs, gamma), known)
 
 
 def compute_segmentation_loss(config: BrainFoundConfig, logits: Tensor, labels: Tensor) -> Tensor:
@@ -191,7 +198,7 @@ def _probabilities_and_targets(logits: Tensor, labels: Tensor, overlapping: bool
 def _cross_entropy(logits: Tensor, labels: Tensor, overlapping: bool) -> Tensor:
     if overlapping:
         costs, known = _pixel_costs(logits, labels, overlapping)
-        return costs.sum() / known.sum().clamp(min=1)
+        return _masked_mean(costs, known)
     labels = labels.long()
     summed = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
     return summed / (labels != IGNORED_LABEL).sum().clamp(min=1)

@@ -1,7 +1,10 @@
-"""Model folders (config.json and safetensors) and Hub ids (owner/name): checks, load errors and quiet loading."""
+"""Model folders (config.json and safetensors) and Hub ids (owner/name): checks, load errors, loading, replacement."""
 
 from __future__ import annotations
 
+import re
+import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -16,6 +19,8 @@ from brainfound.hub import SharedChange, cache_if_hub_is_away, describe_hub_erro
 
 LOAD_FAILURES: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
 """Errors that transformers or the file system raises for an unreadable source."""
+_PREVIOUS = ".previous"
+"""Ending of the name of content that is being replaced."""
 
 
 def is_hub_id(source: str) -> bool:
@@ -168,3 +173,32 @@ _silent = SharedChange(_silence)
 def silence_transformers() -> AbstractContextManager[None]:
     """Silence progress bars and load reports of transformers, which would alarm users who want a new head."""
     return _silent.hold()
+
+
+def make_draft_name(folder: Path) -> Path:
+    """A new name next to a folder, for its content until `replace_folder`."""
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+
+
+def replace_folder(folder: Path, draft: Path) -> None:
+    """Rename a finished draft to its folder; the previous content stays whole until then, and after a failure."""
+    previous = draft.with_name(f"{draft.name}{_PREVIOUS}")
+    try:
+        if folder.exists():
+            folder.rename(previous)
+        draft.rename(folder)
+    finally:
+        if previous.exists() and not folder.exists():
+            previous.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Clear what a killed process left next to a folder; previous content goes back if the folder is gone."""
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.(writing|previous|[0-9a-f]{{8}}(\.previous)?)")
+    siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    for path in sorted(path for path in siblings if path.is_dir() and pattern.fullmatch(path.name)):
+        if path.name.endswith(_PREVIOUS) and not folder.exists():
+            path.rename(folder)
+        else:
+            shutil.rmtree(path, ignore_errors=True)

@@ -112,7 +112,9 @@ def segment(
     num_classes, overlapping = config.num_classes, config.overlapping_labels
     # One slice on either side for each: a slice that is mixed in was itself encoded with its neighbours.
     reach = int(config.stem == "slices") + int(config.decoder_slice_mixing)
-    classes = np.empty((num_slices, height, width), dtype=np.uint8)
+    # The smallest type that holds every class index.
+    index_type = np.min_scalar_type(num_classes - 1)
+    classes = None if overlapping else np.empty((num_slices, height, width), dtype=index_type)
     labels = np.empty((num_slices, num_classes, height, width), dtype=bool) if overlapping else None
     foreground = np.empty((num_slices, height, width), dtype=np.float32)
     saved = np.empty((num_slices, num_classes, height, width), dtype=np.float32) if class_probabilities else None
@@ -124,17 +126,12 @@ def segment(
         if labels is not None:
             labels[index] = (probabilities > 0.5).cpu().numpy()
             foreground[index] = probabilities.amax(dim=1).cpu().numpy()
-        else:
-            classes[index] = probabilities.argmax(dim=1).to(torch.uint8).cpu().numpy()
+        if classes is not None:
+            classes[index] = probabilities.argmax(dim=1).to(torch.int32).cpu().numpy()
             foreground[index] = (1 - probabilities[:, 0]).cpu().numpy()
         if saved is not None:
             saved[index] = probabilities.cpu().numpy()
-    return StackPrediction(
-        classes=None if overlapping else classes,
-        labels=labels,
-        foreground_probability=foreground,
-        class_probabilities=saved,
-    )
+    return StackPrediction(classes=classes, labels=labels, foreground_probability=foreground, class_probabilities=saved)
 
 
 def _probabilities(
@@ -209,7 +206,8 @@ def infer_embedded(model: nn.Module, inputs: Mapping[str, Tensor]) -> StackPredi
 
 def _to_stack_prediction(inner: Any, output: Any, index: np.ndarray | None) -> StackPrediction:
     if not isinstance(inner, (BrainFoundModel, BrainFoundForClassification, BrainFoundForRegression)):
-        raise ModelError(f"{type(inner).__name__} is not a BrainFound model")
+        remedy = "Load the model with brainfound.load"
+        raise ModelError(f"{type(inner).__name__} is not a BrainFound model", remedy=remedy)
     prediction = StackPrediction(
         embedding=output.volume_embedding[0].float().cpu().numpy(),
         slice_embeddings=output.slice_embeddings[0].float().cpu().numpy(),

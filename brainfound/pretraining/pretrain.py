@@ -30,7 +30,7 @@ from brainfound.data.store import Store
 from brainfound.errors import TrainingError, UsageError
 from brainfound.models import BrainFoundModel
 from brainfound.models.loading import read_history, require_start
-from brainfound.models.model_folder import silence_transformers
+from brainfound.models.model_folder import make_draft_name, recover_folder, replace_folder, silence_transformers
 from brainfound.pretraining.dry_run import TargetHardware, report_dry_run
 from brainfound.pretraining.preflight import run_preflight_checks
 from brainfound.pretraining.recipe import (
@@ -205,27 +205,30 @@ def export(
 
     `history` is that of the starting model; with the store it is written next to the weights.
 
-    It is written under another name and then renamed, so that export/ is always complete.
+    It is written under another name and then renamed, so that export/ is always complete or absent.
 
     Raises:
         TrainingError: if it cannot be written.
     """
     model.encoder.load_state_dict(weights)
-    target, temporary = folder / EXPORT_FOLDER, folder / f".{EXPORT_FOLDER}.writing"
-    shutil.rmtree(temporary, ignore_errors=True)
+    target, recipe = folder / EXPORT_FOLDER, task.recipe
+    recover_folder(target)
+    temporary = make_draft_name(target)
     card = _card_facts(model, task, step)
+    withholds = not step or recipe.views.contrast_dropout > 0 or recipe.views.split_contrasts > 0
+    contract = InputContract.of(task.store, withheld_in_training=withholds)
+    if step:
+        history = history.extended(task.store, {"train": np.arange(len(task.store))})
+    state = {name: tensor.detach().cpu() for name, tensor in model.eval().state_dict().items()}
     try:
         with wrap_write_errors("the export", target):
             with silence_transformers():
-                model.eval().save_pretrained(temporary)
+                model.save_pretrained(temporary, state_dict=state)
             task.store.preprocessing.save(temporary)
-            InputContract.of(task.store).save(temporary)
-            if step:
-                history = history.extended(task.store, {"train": np.arange(len(task.store))})
+            contract.save(temporary)
             history.save(temporary)
             write_model_card(temporary, card)
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
+            replace_folder(target, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # after a failure; a full disk needs the room
     return target

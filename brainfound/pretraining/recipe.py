@@ -36,7 +36,7 @@ AUTO_KEYS = ("attention", "compile", "crops")
 CHANGEABLE_ON_RESUME = (
     "data",
     "guard",
-    *(f"engine.{key}" for key in ("parallel", "gradient_checkpointing", *AUTO_KEYS)),
+    *(f"engine.{key}" for key in ("num_workers", "parallel", "gradient_checkpointing", *AUTO_KEYS)),
 )
 
 
@@ -45,6 +45,8 @@ class PretrainEngineRecipe(EngineRecipe):
 
     steps: int = Field(default=10_000, ge=0)
     """Optimiser steps of the whole run; 0 probes and exports the starting checkpoint untouched."""
+    num_workers: int = Field(default=2, ge=0)
+    """Processes per rank that read slices; 0 reads in the training process."""
     attention: Literal["auto", "sdpa", "matmul", "varlen", "xformers"] = "auto"
     """The attention kernel (`brainfound.models.kernels`); "auto" takes the fastest of those that work here."""
     compile: Literal["auto"] | bool = "auto"

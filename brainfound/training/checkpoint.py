@@ -23,7 +23,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from brainfound.errors import TrainingError
 from brainfound.files import fsync, write_atomically
@@ -62,12 +63,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         name: {key: tensor.detach().cpu().contiguous() for key, tensor in part.items()}
         for name, part in (("model", checkpoint.model), ("task", checkpoint.task))
     }
+    # Before the writes, so that a failing device is not reported as a full disk.
+    optimizer = tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, checkpoint.optimizer)
     with wrap_write_errors("the checkpoint", checkpoint_path(folder, checkpoint.step)):
         folder.mkdir(parents=True, exist_ok=True)
         remove_partial_checkpoints(folder)
         _require_space(folder, checkpoint)
         try:
-            return _write(folder, checkpoint, tensors, keep)
+            return _write(folder, replace(checkpoint, optimizer=optimizer), tensors, keep)
         finally:
             # A partial checkpoint takes space that the export of the run may need.
             remove_partial_checkpoints(folder)
@@ -75,10 +78,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 @contextmanager
 def wrap_write_errors(what: str, where: Path) -> Iterator[None]:
-    """Turn the many exceptions that a full disk, a quota or a lost server raises into one TrainingError."""
+    """Turn the exceptions that a full disk, a quota or a lost server raises into one TrainingError.
+
+    Only for writes: tensors are on the CPU by then, and nothing else is read or computed.
+    """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         remedy = "Free some space (or get a larger quota) and continue with --resume"
         raise TrainingError(f"{what} cannot be written", where=where, got=str(error)[:200], remedy=remedy) from error
 
@@ -89,7 +95,10 @@ def _write(folder: Path, checkpoint: Checkpoint, tensors: dict[str, dict[str, Te
     temporary.mkdir()
     for name, part in tensors.items():
         save_file(part, temporary / f"{name}.safetensors")
-    torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
+    try:
+        torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
+    except RuntimeError as error:  # PyTorch's own writer, on a full disk
+        raise OSError(str(error)) from error
     files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
     state = {"step": checkpoint.step, **checkpoint.state, "files": files}
     write_atomically(temporary / STATE_FILE, json.dumps(state, indent=2))
@@ -220,7 +229,8 @@ def _require_free_space(folder: Path, needed: int, what_for: str, remedy: str) -
 def update_checkpoint_state(path: Path, changes: Mapping[str, Any]) -> None:
     """Change plain values of a checkpoint atomically; TrainingError if it is corrupt or cannot be written."""
     if fault := find_corruption(path):
-        raise TrainingError("the checkpoint to return to is damaged", where=path, got=fault)
+        remedy = "Continue from another checkpoint with --resume"
+        raise TrainingError("the checkpoint to return to is damaged", where=path, got=fault, remedy=remedy)
     with wrap_write_errors("the return to a checkpoint", path):
         write_atomically(path / STATE_FILE, json.dumps({**read_state(path), **changes}, indent=2))
         fsync(path)

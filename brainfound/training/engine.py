@@ -57,8 +57,6 @@ class EngineRecipe(Recipe):
     """Number of most recent checkpoints to keep on disk."""
     max_skipped_in_a_row: int = Field(default=20, ge=1)
     """Number of consecutive steps with a non-finite loss or gradient after which the run stops."""
-    num_workers: int = Field(default=2, ge=0)
-    """Processes per rank that read slices; 0 reads in the training process."""
 
     def max_checkpoints_on_disk(self, may_roll_back: bool) -> int:
         """The most on disk at once: a new one is complete before an old one goes, and one is kept for rollbacks."""

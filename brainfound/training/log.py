@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from brainfound.errors import TrainingError
 from brainfound.files import write_atomically
 
 
@@ -48,12 +49,21 @@ class TrainingLog:
         self._rewrite([*(line for line in lines if line["step"] <= event["step"]), event])
 
     def _lines(self) -> list[dict[str, Any]]:
+        """All lines, without a damaged last one, which a killed process left; TrainingError if an earlier one is."""
+        texts = [(n, text) for n, text in enumerate(self.path.read_bytes().split(b"\n"), start=1) if text.strip()]
         lines = []
-        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for number, text in texts:
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except ValueError:
-                break  # truncated
+                line = None
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+            elif number != texts[-1][0]:
+                what, remedy = "a line of the log is damaged", "Remove this line, then continue with --resume"
+                got = text[:60].decode(errors="replace")
+                where, expected = f"{self.path}:{number}", '{"step": …}'
+                raise TrainingError(what, where=where, got=got, expected=expected, remedy=remedy)
         return lines
 
     def _rewrite(self, lines: list[dict[str, Any]]) -> None:

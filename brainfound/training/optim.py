@@ -111,7 +111,7 @@ def learning_rate(
     return warmup_schedule(step - delay, peak, final, warmup_steps, num_steps - delay, shape)
 
 
-_TOKENS = ("cls_token", "register_tokens", "position_embeddings")
+_TOKENS = ("cls_token", "class_token", "register_tokens", "position_embeddings")
 NEW_TOKENS = ("mask_token", "contrast_embedding")
 """Parameters of an encoder that a plain ViT lacks, or has untrained."""
 _HEAD = re.compile(r"(?:^|\.)heads?\.")
@@ -150,7 +150,9 @@ def parameter_settings(name: str, parameter: nn.Parameter, num_layers: int, reci
     ``layer_decay ** (num_layers + 1 − layer)``. Heads, mask token (zero in released checkpoints) and contrast
     embeddings are "new" and learn at the full rate from the first step.
     """
-    decays = parameter.ndim > 1 and not any(part in name for part in (*_TOKENS, *NEW_TOKENS))
+    # DoRA's magnitudes are scales, as those of a norm.
+    undecayed = (*_TOKENS, *NEW_TOKENS, "lora_magnitude_vector")
+    decays = parameter.ndim > 1 and not any(part in name for part in undecayed)
     if _HEAD.search(name):
         return ParameterSettings("last_layer" if "last_layer" in name else "new", 1.0, decays)
     if any(part in name for part in NEW_TOKENS):

@@ -27,7 +27,7 @@ import brainfound
 from brainfound.data.store import Store
 from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
 from brainfound.files import PARTIAL_PREFIX, write_atomically
-from brainfound.recipes import AnyRecipe, Recipe, validate
+from brainfound.recipes import AnyRecipe, Recipe, read_json, validate
 from brainfound.report.curves import RECIPE_FILE, RunFolder, plot_curves
 from brainfound.training import distributed
 from brainfound.training.checkpoint import checkpoint_path, latest_valid_checkpoint, list_checkpoints, nearest_existing
@@ -41,7 +41,7 @@ DONE = "done"
 LOCK_FILE = ".lock"
 _FILES_BEFORE_RECIPE = {LOCK_FILE, FACTS_FILE, "splits.json", EMBEDDINGS_FOLDER}
 """Files of a run that was killed before it wrote recipe.yaml."""
-_ENGINE_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped_in_a_row", "num_workers")
+_ENGINE_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped_in_a_row")
 CHANGEABLE_KEYS = ("name", *(f"engine.{key}" for key in _ENGINE_KEYS))
 """What may change between any run and its continuation, because it has no effect on the weights."""
 
@@ -62,7 +62,7 @@ def write_start(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = {**facts, "status": "running", "started": _now(), "versions": versions()}
     if (folder / FACTS_FILE).is_file():
-        before = _read_facts(folder)
+        before = read_facts(folder, "started")
         content |= {"started": before["started"], "resumed": [*before.get("resumed", []), _now()]}
     write_atomically(folder / FACTS_FILE, json.dumps(content, indent=2) + "\n")
     # Last: its presence marks the folder as a run.
@@ -71,7 +71,7 @@ def write_start(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
 
 def write_end(folder: Path, status: str, exported_step: int | None, step: int) -> None:
     """Write the run's status and last step into run.json, and draw its curves."""
-    facts = _read_facts(folder)
+    facts = read_facts(folder)
     facts |= {"status": status, "ended": _now(), "step": step, "exported_step": exported_step}
     if rollbacks := RunFolder.read(folder).rollbacks:
         facts["rollbacks"] = [dict(event) for event in rollbacks]
@@ -115,7 +115,7 @@ def require_same_recipe_and_data(folder: Path, recipe: Recipe, store: Store, cha
             what = "differs from the run that is to be resumed"
             remedy = f"Set it back, give {folder / RECIPE_FILE} as the recipe, or give another --out"
             raise RecipeError(what, where=key, got=now.get(key), expected=before.get(key), remedy=remedy)
-    data_hash = _read_facts(folder)["data_hash"]
+    data_hash = read_facts(folder, "data_hash")["data_hash"]
     if data_hash != store.content_hash:
         what, remedy = "the store holds other data than the run began with", "Give the first store, or another --out"
         got, expected = store.content_hash[:12], data_hash[:12]
@@ -129,8 +129,20 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_facts(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+def read_facts(folder: Path, *names: str) -> dict[str, Any]:
+    """The content of a run's run.json; TrainingError if it cannot be read, or lacks one of `names`."""
+    path, remedy = folder / FACTS_FILE, "Put back the run.json that the run wrote"
+    facts: dict[str, Any] = read_json(path, remedy, TrainingError)
+    if unusable := [name for name in names if not _is_usable(name, facts.get(name))]:
+        got = ", ".join(f"{name} {json.dumps(facts.get(name))[:60]}" for name in unusable)
+        raise TrainingError("the facts of this run are damaged", where=path, got=got, remedy=remedy)
+    return facts
+
+
+def _is_usable(name: str, value: Any) -> bool:
+    if name == "target":
+        return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("task", "column"))
+    return isinstance(value, str)
 
 
 def _now() -> str:
@@ -253,7 +265,7 @@ def is_run_complete(folder: Path, checkpoint: Path | None, num_steps: int) -> bo
     """Whether a run to be resumed at `checkpoint` has nothing left to do; it must still have its last checkpoint."""
     last = checkpoint_path(folder / "checkpoints", num_steps) if num_steps else None
     is_exported = (folder / EXPORT_FOLDER).is_dir()
-    return checkpoint == last and is_exported and _read_facts(folder)["status"] == DONE
+    return checkpoint == last and is_exported and read_facts(folder, "status")["status"] == DONE
 
 
 def start_process(

@@ -212,6 +212,26 @@ def test_a_bundle_that_cannot_take_the_place_of_another_leaves_it_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
+def test_what_a_killed_process_left_does_not_stop_a_later_one(export_folder, preprocessing, tmp_path, adapted):
+    def save(label):
+        return save_bundle(
+            tmp_path / "b", adapted(export_folder), preprocessing=preprocessing, labels={"0": label}, overwrite=True
+        )
+
+    folder = save("first")
+    for name in (".b.previous", ".b.0123abcd.previous", ".b.0123abcd"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / ".b.notes").mkdir()
+    save("second")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.notes", "b"]
+    # Killed between the two renames: the bundle is under its other name only.
+    folder.rename(tmp_path / ".b.0123abcd.previous")
+    with pytest.raises(ModelError, match="the folder is taken"):
+        save_bundle(folder, adapted(export_folder), preprocessing=preprocessing, labels={"0": "third"})
+    assert load_bundle(folder).labels == {"0": "second"}
+
+
 @pytest.fixture
 def bundle_folder(export_folder, preprocessing, tmp_path, adapted):
     return save_bundle(tmp_path / "b", adapted(export_folder), preprocessing=preprocessing, labels=LABELS)
@@ -340,6 +360,22 @@ def test_pickles_are_refused(bundle_folder, name):
     torch.save({"weight": torch.zeros(1)}, bundle_folder / name)
     with pytest.raises(ModelError, match="pickled"):
         load_bundle(bundle_folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["frozen_baseline.safetensors", "base/other.safetensors", "input_contract.json", "training_history.json"]
+)
+def test_a_file_that_the_description_does_not_list_is_refused(bundle_folder, name):
+    (bundle_folder / name).parent.mkdir(exist_ok=True)
+    save_file({"weight": torch.zeros(1)}, bundle_folder / name)
+    with pytest.raises(ModelError, match="bundle.json does not list it.*Remove the file"):
+        load_bundle(bundle_folder)
+    (bundle_folder / name).unlink()
+    # What other tools leave is not read.
+    for other in (".cache/download/model.json", ".DS_Store", "notes.txt"):
+        (bundle_folder / other).parent.mkdir(parents=True, exist_ok=True)
+        (bundle_folder / other).write_text("{}")
+    load_bundle(bundle_folder)
 
 
 def test_a_later_schema_is_refused(bundle_folder):

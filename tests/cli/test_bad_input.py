@@ -450,6 +450,17 @@ def test_bad_usage_is_one_line_and_exit_code_2(cli, arguments, words):
     assert [word for word in words if word not in answer.line] == []
 
 
+@pytest.mark.parametrize("name", ["store.json", "scores.json", "run.json", "bundle.json", "config.json"])
+@pytest.mark.parametrize("content", ['{"a": ', "[1]", "\x00"])
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_damaged_file_is_one_line_of_show(cli, tmp_path, name, content, options):
+    (tmp_path / name).write_text(content)
+    answer = cli("show", tmp_path, *options, quiet=False)
+    assert answer.code == 1
+    assert f"{name}: the file " in answer.line
+    assert "Copy the folder again" in answer.line
+
+
 def test_without_a_verb_the_help_is_shown(cli):
     answer = cli(quiet=False)
     assert answer.code == 2

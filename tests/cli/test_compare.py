@@ -55,6 +55,17 @@ def as_json(answer):
     return json.loads(answer.out)
 
 
+@pytest.mark.parametrize(
+    "content", ['{"kind": ', "[]", "{}", '{"data_hash": "store", "kind": "finetune", "target": 3}']
+)
+def test_facts_that_cannot_be_read_are_one_line(cli, three, content):
+    (three[1] / "run.json").write_text(content)
+    answer = cli("compare", *three, quiet=False)
+    assert answer.code == 1
+    assert "run.json: the " in answer.line
+    assert "Put back the run.json that the run wrote" in answer.line
+
+
 def test_the_table_says_what_was_compared_and_how(cli, three):
     answer = cli("compare", *three[:2], quiet=False)
     assert answer.code == 0

@@ -35,7 +35,7 @@ TINY = {
     "head_fit_passes": 1,
     "evaluate_every": 0,
     "split": {"train": 0.5, "validation": 0.25, "test": 0.25, "stratify": False},
-    "engine": {"steps": 1, "batch_size": 4, "precision": "no", "log_every": 1, "checkpoint_every": 1, "num_workers": 0},
+    "engine": {"steps": 1, "batch_size": 4, "precision": "no", "log_every": 1, "checkpoint_every": 1},
 }
 
 

@@ -19,7 +19,7 @@ TINY = {
     "head_fit_passes": 0,
     "evaluate_every": 0,
     "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
-    "engine": {"steps": 2, "batch_size": 2, "precision": "no", "log_every": 1, "checkpoint_every": 2, "num_workers": 0},
+    "engine": {"steps": 2, "batch_size": 2, "precision": "no", "log_every": 1, "checkpoint_every": 2},
 }
 
 

@@ -46,7 +46,7 @@ TINY = {
     "frozen_baseline": False,
     "evaluate_every": 3,
     "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
-    "engine": {"steps": 3, "batch_size": 4, "precision": "no", "log_every": 1, "checkpoint_every": 3, "num_workers": 0},
+    "engine": {"steps": 3, "batch_size": 4, "precision": "no", "log_every": 1, "checkpoint_every": 3},
 }
 COLUMNS = {"classification": "diagnosis", "regression": "age_years", "segmentation": "mask"}
 OWN = {

@@ -28,7 +28,7 @@ TINY = {
     "frozen_baseline": False,
     "evaluate_every": 2,
     "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
-    "engine": {"steps": 2, "batch_size": 4, "precision": "no", "log_every": 1, "num_workers": 0},
+    "engine": {"steps": 2, "batch_size": 4, "precision": "no", "log_every": 1},
 }
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
 from transformers import Dinov2Model
 
+from brainfound.adapters.bundle_reader import BASELINE_FILE, file_hash, load_bundle
 from brainfound.data.batches import collate, evenly_spaced_slices
 from brainfound.errors import ModelError, TrainingError
+from brainfound.experiments import partial_input
 from brainfound.finetuning import embedding_cache, frozen_baseline, linear_models
 from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.frozen_baseline import (
@@ -24,7 +28,7 @@ from brainfound.finetuning.frozen_baseline import (
 )
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.scoring import read_scores
-from brainfound.finetuning.tasks import resolve
+from brainfound.finetuning.tasks import from_dict, resolve
 from brainfound.inference.evaluation import evaluate
 from brainfound.models import BrainFoundForSegmentation, BrainFoundModel
 from brainfound.recipes import validate
@@ -34,7 +38,7 @@ TINY = {
     "head_fit_passes": 0,
     "evaluate_every": 0,
     "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
-    "engine": {"steps": 1, "batch_size": 4, "precision": "no", "log_every": 1, "num_workers": 0},
+    "engine": {"steps": 1, "batch_size": 4, "precision": "no", "log_every": 1},
 }
 PARTS = {"train": np.arange(8), "test": np.arange(8, 12)}
 
@@ -165,6 +169,22 @@ def test_a_baseline_whose_backbone_is_gone_or_that_was_not_asked_for_is_said(sma
         assert result.frozen is None
         (note,) = [note for note in result.notes if "frozen baseline" in note]
         assert words in note
+
+
+def test_a_damaged_baseline_is_an_error_and_not_a_missing_one(small_store, tiny_backbone, tmp_path):
+    export = run(small_store, tiny_backbone, "age_years", tmp_path / "run", "adapter=head-only") / "export"
+    tensors = load_file(export / BASELINE_FILE)
+    tensors.pop("bias")
+    save_file(tensors, export / BASELINE_FILE)
+    description = json.loads((export / "bundle.json").read_text())
+    description["files"][BASELINE_FILE] = file_hash(export / BASELINE_FILE)
+    (export / "bundle.json").write_text(json.dumps(description))
+    with pytest.raises(ModelError, match="baseline of the bundle is of another kind"):
+        evaluate(export, small_store)
+    bundle = load_bundle(export)
+    with pytest.raises(ModelError, match="baseline of the bundle is of another kind"):
+        partial_input._load_frozen_baseline(bundle, from_dict(bundle.labels))
+    assert partial_input._load_frozen_baseline(replace(bundle, baseline={}), from_dict(bundle.labels)) is None
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from brainfound.adapters.attach import AdapterRecipe, attach_adapter
 from brainfound.errors import RecipeError
 from brainfound.finetuning.recipe import FinetuneRecipe, require_effective_settings
 from brainfound.finetuning.tasks import Classification, Regression, Segmentation
+from brainfound.finetuning.training_task import FinetuneTask
+from brainfound.models import BrainFoundConfig, BrainFoundForClassification, BrainFoundForSegmentation
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.recipes import load, validate
 
 TASKS = {
@@ -115,3 +119,62 @@ def test_settings_without_an_effect_are_refused(kind, overrides, expected):
         require_effective_settings(recipe(f"task={kind}", *overrides), TASKS[kind])
     assert str(error.value).startswith(expected)
     assert "\n" not in str(error.value)
+
+
+def test_workers_are_refused_because_fine_tuning_has_none(tmp_path):
+    with pytest.raises(RecipeError, match=r"--set engine\.num_workers: num_workers is for pretraining.*leave it out"):
+        recipe("engine.num_workers=2")
+    (tmp_path / "old.yaml").write_text("num_slices: 8\nengine: {steps: 3, num_workers: 0}\n")
+    with pytest.raises(RecipeError, match=r"old\.yaml: engine: num_workers is for pretraining.*leave it out"):
+        load(FinetuneRecipe, tmp_path / "old.yaml", "train")
+    assert validate(PretrainRecipe, {}, ["engine.num_workers=2"]).engine.num_workers == 2
+
+
+def test_one_setting_of_the_engine_leaves_the_others():
+    engine = recipe("engine.log_every=7").engine
+    assert (engine.steps, engine.batch_size) == (recipe().engine.steps, recipe().engine.batch_size)
+
+
+def parameter_groups_of(task: str, adapter: str | None, **config) -> dict[str, tuple[str, bool]]:
+    """Name → role and whether it decays, of each trained parameter of a tiny model."""
+    backbone = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
+    fields = {"backbone_config": backbone, "contrasts": ["T1w", "FLAIR"], "stem": "per_contrast"}
+    kind = BrainFoundForSegmentation if task == "segmentation" else BrainFoundForClassification
+    model = kind(BrainFoundConfig(**fields, **config))
+    if adapter is not None:
+        model = attach_adapter(model, AdapterRecipe(method=adapter, roles=("query", "patch")))
+    training = FinetuneTask.__new__(FinetuneTask)
+    training.model, training.recipe = model, recipe()
+    groups = training.make_optimizer().param_groups
+    found = {id(p): (group["role"], group["decays"]) for group in groups for p in group["params"]}
+    names = {name: found[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    assert len(found) == len(names)
+    return names
+
+
+def only(groups: dict[str, tuple[str, bool]], ending: str) -> tuple[str, bool]:
+    (value,) = {value for name, value in groups.items() if name.endswith(ending)}
+    return value
+
+
+def test_roles_and_decay_are_those_of_pretraining():
+    groups = parameter_groups_of("classification", None, aggregator="transformer")
+    assert only(groups, "patch_embeddings.projection.weight") == ("backbone", True)
+    assert only(groups, "patch_embeddings.projection.bias") == ("backbone", False)
+    assert only(groups, "contrast_embedding.weight") == ("new", False)
+    assert only(groups, "position_embeddings") == only(groups, "cls_token") == ("backbone", False)
+    assert only(groups, "aggregator.class_token") == ("new", False)
+    assert only(groups, "query_key_value.weight") == only(groups, "score.weight") == ("new", True)
+    assert only(groups, "encoder.backbone.layernorm.weight") == ("backbone", False)
+
+
+def test_every_matrix_of_a_decoder_decays():
+    groups = parameter_groups_of("segmentation", None, decoder="unetr", decoder_width=8)
+    convolutions = [value for name, value in groups.items() if "decoder.tokens" in name and name.endswith("0.weight")]
+    assert set(convolutions) == {("new", True)}
+
+
+def test_low_rank_updates_of_the_patch_embedding_decay_and_scales_do_not():
+    groups = parameter_groups_of("classification", "dora")
+    assert only(groups, "projection.lora_A.default.weight") == ("backbone", True)
+    assert only(groups, "projection.lora_magnitude_vector.default.weight") == ("backbone", False)

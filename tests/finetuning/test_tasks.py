@@ -150,6 +150,20 @@ def test_label_codes_go_to_classes_and_back():
     assert merged.encode_mask(np.array([0, 4, 200])).tolist() == [0, 1, 1]
 
 
+def test_more_than_256_classes_keep_their_codes():
+    codes = (0, *range(1001, 1300))
+    task = Segmentation("mask", names=tuple(f"label {code}" for code in codes), codes=codes)
+    mask = np.array([[[0, 1001, 1256, 1257, 1299, 77]]], dtype=np.uint16)
+    encoded = task.encode_mask(mask)
+    assert encoded.tolist() == [[[0, 1, 256, 257, 299, 0]]]
+    assert task.loss_labels(None, mask).max() == 299
+    assert task.decode_mask(encoded).tolist() == [[[0, 1001, 1256, 1257, 1299, 0]]]
+    assert task.decode_mask(np.array([[[1]]], dtype=np.uint8)).dtype == np.uint16
+    marked = np.zeros((1, 299, 1, 2))
+    marked[0, 298, 0, 1] = 0.9
+    assert task.patch_answer(marked).tolist() == [[[0, 299]]]
+
+
 def test_regions_are_made_of_codes_and_may_overlap():
     target = OverlappingSegmentation("mask", names=("whole", "core"), regions=((1, 2, 4), (1, 4)))
     mask = np.array([[[0, 1], [2, 4]], [[9, 0], [2, 2]]], dtype=np.uint8)

@@ -26,7 +26,7 @@ def run(small_store, tiny_backbone, tmp_path_factory) -> Path:
         "frozen_baseline": False,
         "evaluate_every": 0,
         "split": {"train": 0.5, "validation": 0.2, "test": 0.3},
-        "engine": {"steps": 2, "batch_size": 4, "precision": "no", "num_workers": 0},
+        "engine": {"steps": 2, "batch_size": 4, "precision": "no"},
     }
     out = tmp_path_factory.mktemp("predict") / "run"
     with pytest.MonkeyPatch.context() as patch:

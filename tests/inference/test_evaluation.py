@@ -12,7 +12,7 @@ import pytest
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.splits.training_history import subject_hash
 from brainfound.data.store.prepare import prepare
-from brainfound.errors import ModelError, UsageError
+from brainfound.errors import BrainFoundError, ModelError, UsageError
 from brainfound.inference.evaluation import compute_drops, evaluate
 from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.comparison import compare, score_intervals
@@ -112,6 +112,11 @@ def test_sessions_without_a_label_are_counted(run, other_store, tmp_path, monkey
     assert not [note for note in before.notes if "not scored" in note]
 
 
+def test_partial_input_and_withheld_contrasts_exclude_each_other(run, small_store):
+    with pytest.raises(UsageError, match=r"--without with --partial-input.*every subset.*got T2w.*Leave one"):
+        evaluate(run, small_store, without=["T2w"], partial_input=True)
+
+
 def test_partial_input_asks_about_every_subset_full_input_first(run, small_store):
     results = evaluate(run, small_store, partial_input=True)
     assert len(results) == 2**3 - 1
@@ -171,6 +176,9 @@ def test_an_evaluation_leaves_a_page_that_names_nobody(run, small_store, tmp_pat
     assert not any(f"{name}" in text for name in small_store.sessions["subject"])
     assert str(tmp_path) not in text
     evaluate(run, small_store, out=tmp_path / "page")  # replaces its own
+    (tmp_path / "page" / "summary.json").write_text('{"kind": ')
+    with pytest.raises(BrainFoundError, match=r"summary\.json: the file cannot be read .*another --out"):
+        evaluate(run, small_store, out=tmp_path / "page")
     (tmp_path / "page" / "summary.json").unlink()
     with pytest.raises(UsageError, match="holds something else"):
         evaluate(run, small_store, out=tmp_path / "page")

@@ -279,6 +279,22 @@ class OneSlice(Aggregator):
         return slices[:, self.number], None
 
 
+class FirstSlicesMore(Aggregator):
+    """A mean with fixed weights that differ between slices."""
+
+    def pool(self, slices, positions_mm):
+        weights = torch.arange(slices.shape[1], 0, -1.0).expand(slices.shape[:2])
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        return (weights[..., None] * slices).sum(dim=1), weights
+
+
+def test_a_new_aggregator_with_weights_is_explained_by_them(make, stack):
+    model, target = make(aggregator="mean")
+    model.brainfound.aggregator = FirstSlicesMore()
+    found = explain_stack(model, stack, target, num_slices=3, method="slice-attention")
+    np.testing.assert_allclose(found.numbers["slice-attention"]["weights"], [3 / 6, 2 / 6, 1 / 6], atol=1e-6)
+
+
 def test_a_model_that_reads_one_slice_is_explained_by_it(make, stack):
     model, target = make(aggregator="mean")
     model.brainfound.aggregator = OneSlice(9)
@@ -492,5 +508,8 @@ def test_a_cohort_is_explained_session_by_session(make, small_store, make_cohort
     assert content["pca"] == outcomes[1].result.numbers["pca"]
     assert len(content["slices"]) == len(content["positions_mm"]) == 3
     assert "no evidence" in content["caution"]
-    again = explain_cohort(predictor, source, out)
+    again = explain_cohort(predictor, source, out, method=["rollout", "pca"])
     assert {outcome.reason for outcome in again} == {"already done"}
+    for other in ({"method": "gradient"}, {}):
+        outcomes = explain_cohort(predictor, source, out, **other)
+        assert all("other options (got methods ['rollout', 'pca']" in outcome.reason for outcome in outcomes)

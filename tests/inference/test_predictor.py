@@ -20,6 +20,7 @@ from brainfound.inference.evaluation import evaluate
 from brainfound.inference.loading import load
 from brainfound.inference.prediction import file_stem
 from brainfound.inference.predictor import Predictor
+from brainfound.inference.segmentation import SegmentationOptions
 from brainfound.models.stack_prediction import StackPrediction
 from brainfound.recipes import validate
 
@@ -60,7 +61,7 @@ def test_a_model_that_never_learnt_without_a_contrast_says_so(small_store, tiny_
     content = {
         "num_slices": 4, "head_fit_passes": 0, "frozen_baseline": False, "evaluate_every": 0,
         "augmentation": {"contrast_dropout": dropout}, "split": {"train": 0.5, "validation": 0.2, "test": 0.3},
-        "engine": {"steps": 1, "batch_size": 4, "precision": "no", "num_workers": 0},
+        "engine": {"steps": 1, "batch_size": 4, "precision": "no"},
     }  # fmt: skip
     recipe = validate(FinetuneRecipe, content)
     predictor = load(finetune(recipe, small_store, tiny_backbone, "diagnosis", tmp_path / "run", quiet=True))
@@ -229,6 +230,36 @@ def test_answers_of_another_model_are_not_taken_for_this_ones(predictor, source,
     with pytest.raises(UsageError, match=r"an answer of another model \(got s00_ses-1\.json\)"):
         predict(other, source, tmp_path)
     assert all(outcome.result for outcome in predict(other, source, tmp_path, overwrite=True))
+
+
+def test_an_embedding_is_not_skipped_for_a_prediction(predictor, source, tmp_path):
+    predict(predictor, source, tmp_path)
+    outcomes = predict(predictor.as_encoder(), source, tmp_path)
+    assert all("answer with other options (got task classification" in outcome.reason for outcome in outcomes)
+    assert not list(tmp_path.glob("*.npy"))
+    predict(predictor.as_encoder(), source, tmp_path, overwrite=True)
+    assert len(list(tmp_path.glob("*.npy"))) == len(outcomes)
+    assert {outcome.reason for outcome in predict(predictor.as_encoder(), source, tmp_path)} == {"already done"}
+
+
+def test_a_segmentation_is_not_skipped_for_one_with_other_options(segmenter, source, tmp_path):
+    predict(segmenter, source, tmp_path)
+    assert {outcome.reason for outcome in predict(segmenter, source, tmp_path)} == {"already done"}
+    changed = segmenter.with_options(SegmentationOptions(min_volume_mm3=1.0))
+    for outcomes in (predict(changed, source, tmp_path), predict(segmenter, source, tmp_path, probabilities=True)):
+        assert all(outcome.result is None and "other options" in outcome.reason for outcome in outcomes)
+    predict(segmenter, source, tmp_path, probabilities=True, overwrite=True)
+    again = predict(segmenter, source, tmp_path, probabilities=True)
+    assert {outcome.reason for outcome in again} == {"already done"}
+
+
+def test_a_strict_run_refuses_what_a_lenient_one_answered(predictor, source, tmp_path):
+    outcomes = predict(predictor, source, tmp_path)
+    file = next(iter(sorted(tmp_path.glob("*.json"))))
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"input_level": "fail"}))
+    again = predict(predictor.as_strict(), source, tmp_path)
+    assert [outcome.reason for outcome in again] == ["", *["already done"] * (len(outcomes) - 1)]
 
 
 def test_two_sessions_never_have_one_file_name():

@@ -176,19 +176,22 @@ def test_holm_rejects_what_the_steps_of_the_paper_reject():
         assert ((holm(p) <= 0.05) == rejected).all()
 
 
-def test_what_cannot_be_tested_is_refused():
-    with pytest.raises(UsageError):
-        bootstrap_interval(np.mean, [])
-    with pytest.raises(UsageError):
-        bootstrap_interval(mae, [1, 2], [1, 2, 3])
-    with pytest.raises(UsageError):
-        bootstrap_interval(np.mean, [1, 2], subjects=["a"])
-    with pytest.raises(UsageError):
-        bootstrap_interval(np.mean, [1, 2], confidence=95)
-    with pytest.raises(UsageError):
-        paired_permutation_test([1, 2], [1, 2, 3])
-    with pytest.raises(UsageError):
-        paired_permutation_test(np.ones((2, 1)), np.ones(2))
-    for p_values in ([0.1, 1.2], [-0.1], [[0.1]]):
-        with pytest.raises(UsageError, match="p values"):
-            holm(p_values)
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda: bootstrap_interval(np.mean, []),
+        lambda: bootstrap_interval(np.mean),
+        lambda: bootstrap_interval(mae, [1, 2], [1, 2, 3]),
+        lambda: bootstrap_interval(np.mean, [1, 2], subjects=["a"]),
+        lambda: bootstrap_interval(np.mean, [1, 2], confidence=95),
+        lambda: bootstrap_interval(auroc, [1, 1], [0.1, 0.2], num_resamples=5),
+        lambda: paired_permutation_test([1, 2], [1, 2, 3]),
+        lambda: paired_permutation_test(np.ones((2, 1)), np.ones(2)),
+        *(lambda p_values=values: holm(p_values) for values in ([0.1, 1.2], [-0.1], [[0.1]])),
+    ],
+)
+def test_what_cannot_be_tested_is_refused_with_a_remedy(compute):
+    with pytest.raises(UsageError) as refused:
+        compute()
+    assert refused.value.remedy
+    assert "\n" not in str(refused.value)

@@ -1,5 +1,7 @@
 """Losses against independent formulas, units, and heads that learn."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -160,12 +162,25 @@ def test_bins_learn_and_are_saved(backbone_folder, tmp_path):
         ({"classification_focal_gamma": -1.0}, "focal_gamma.*at least 0"),
         ({"class_weights": [1.0, 2.0, 3.0]}, "class_weights.*expected 2 values"),
         ({"class_weights": [1.0, 0.0]}, "one positive weight per class"),
+        ({"decoder_layers": []}, "one block or more.*evenly spaced"),
+        ({"decoder_layers": [0]}, "counted from 1"),
+        ({"image_std": 0.0}, "must be positive.*image_std|image_std.*must be positive"),
+        ({"image_std": [0.2, 0.2, -1.0]}, "image_std.*must be positive"),
+        ({"image_mean": math.nan}, "image_mean.*finite"),
+        ({"image_mean": [0.4, math.inf, 0.4]}, "image_mean.*finite"),
+        ({"head_dropout": 7}, "head_dropout.*below 1"),
+        ({"head_dropout": 1.0}, "head_dropout.*below 1"),
+        ({"head_dropout": -0.1}, "head_dropout.*at least 0"),
+        ({"target_std": math.inf}, "target_std.*positive"),
+        ({"target_mean": math.nan}, "target_mean.*finite"),
+        ({"initializer_range": -0.02}, "initializer_range.*positive"),
     ],
 )
 def test_heads_that_cannot_be_are_named(fields, said):
     with pytest.raises(ModelError, match=said) as refused:
         BrainFoundConfig(**fields)
     assert "\n" not in str(refused.value)
+    assert refused.value.remedy
 
 
 def test_classification_losses_against_numpy():
@@ -196,6 +211,35 @@ def test_unknown_labels_do_not_count():
         torch.testing.assert_close(
             classification_loss(logits, labels, None, **options), F.cross_entropy(logits[::2], labels[::2])
         )
+
+
+MULTI_LABEL = "multi_label_classification"
+
+
+@pytest.mark.parametrize("kind", [None, MULTI_LABEL])
+@pytest.mark.parametrize("options", [{}, {"class_weights": [1.0, 2.0, 0.5]}, {"focal_gamma": 1.0}])
+def test_where_no_label_is_known_the_loss_is_0(kind, options):
+    logits = torch.randn(4, 3, requires_grad=True)
+    labels = torch.full((4, 3) if kind else (4,), -100)
+    loss = classification_loss(logits, labels, kind, **options)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("options", [{}, {"class_weights": [1.0, 2.0, 0.5]}, {"focal_gamma": 1.0}])
+def test_unknown_labels_among_several_do_not_count(options):
+    logits, labels = torch.randn(5, 3), torch.randint(0, 2, (5, 3)).float()
+    labels[0], labels[3, 1] = -100, -100
+    changed = torch.where(labels == -100, 30.0, logits)
+    loss = classification_loss(logits, labels, MULTI_LABEL, **options)
+    torch.testing.assert_close(classification_loss(changed, labels, MULTI_LABEL, **options), loss)
+    rows = torch.tensor([1, 2, 4])
+    known = classification_loss(logits[rows], labels[rows], MULTI_LABEL, **options) * 9
+    last = logits[3:4].repeat(3, 1), labels[3:4].repeat(3, 1)
+    last[1][:, 1] = -100
+    expected = (known + classification_loss(*last, MULTI_LABEL, **options) * 2) / 11
+    torch.testing.assert_close(loss, expected)
 
 
 def test_multi_label_losses_against_numpy():
@@ -370,7 +414,7 @@ def _centres(config):
     return (edges[1:] + edges[:-1]) / 2
 
 
-@pytest.mark.parametrize("wrong", [-100.0, 1.5])
+@pytest.mark.parametrize("wrong", [-1.0, 1.5])
 def test_a_label_among_several_is_a_share(wrong):
     labels = torch.tensor([[0.0, 1.0], [wrong, 0.5]])
     with pytest.raises(ModelError, match="0, 1 or a share"):

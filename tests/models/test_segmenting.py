@@ -176,6 +176,17 @@ def test_neighbours_are_never_cut_apart(backbone_folder, pixels, mixing, stem, c
     assert blind == (stem == "channels" and not mixing)
 
 
+@pytest.mark.parametrize("num_classes", [256, 257, 300])
+def test_no_class_index_wraps(backbone_folder, pixels, num_classes):
+    model = BrainFoundForSegmentation.from_backbone(backbone_folder, CONTRASTS, num_labels=num_classes, decoder_width=8)
+    with torch.no_grad():
+        model.decoder.score.weight.zero_()
+        model.decoder.score.bias.zero_()[-1] = 9.0
+    answer = infer(model, stack_of(pixels))
+    assert np.unique(answer.classes).tolist() == [num_classes - 1]
+    assert answer.classes.dtype == (np.uint8 if num_classes == 256 else np.uint16)
+
+
 def test_overlapping_labels_are_independent(backbone_folder, pixels):
     model = BrainFoundForSegmentation.from_backbone(
         backbone_folder, CONTRASTS, num_labels=2, decoder_width=8, overlapping_labels=True

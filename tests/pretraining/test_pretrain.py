@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from safetensors import SafetensorError
 
 from brainfound import recipes
+from brainfound.data.checking.contract import InputContract
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.splits.training_history import TrainingHistory
 from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
@@ -210,12 +212,52 @@ def test_a_disk_that_is_full_before_the_first_step_leaves_no_export(store, recip
 
 
 def test_an_export_that_cannot_be_written_is_one_line(store, recipe, tmp_path, monkeypatch):
-    def full(self, folder):
+    def full(self, folder, **_):
         raise SafetensorError("No space left on device")
 
     monkeypatch.setattr(BrainFoundModel, "save_pretrained", full)
     with pytest.raises(TrainingError, match="the export cannot be written .*No space left"):
         pretrain(recipe("engine.steps=1", "probe.every=0"), store, out=tmp_path / "run", quiet=True)
+
+
+def test_an_export_that_cannot_be_renamed_leaves_the_one_before(finished, store, recipe, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints" / "step-000006")
+    (run / "export" / "mark").write_text("the one before")
+    (run / ".export.0123abcd.previous").mkdir()
+    rename = Path.rename
+
+    def fails(path, target):
+        if Path(target) == run / "export" and not path.name.endswith(".previous"):
+            raise OSError("the disk is gone")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(TrainingError, match="the export cannot be written"):
+        pretrain(recipe(), store, out=run, resume=True, quiet=True)
+    assert (run / "export" / "mark").is_file()
+    monkeypatch.undo()
+    monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
+    pretrain(recipe(), store, out=run, resume=True, quiet=True)
+    assert not (run / "export" / "mark").exists()
+    assert not list(run.glob(".export*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "always_present"),
+    [
+        (("views.contrast_dropout=0.2",), False),
+        (("views.contrast_dropout=0", "views.split_contrasts=0.5"), False),
+        (("views.contrast_dropout=0",), True),
+    ],
+)
+def test_the_contract_knows_whether_contrasts_were_withheld(store, recipe, tmp_path, changes, always_present):
+    quick = recipe(*changes, "engine.steps=1", "probe.every=0")
+    run = pretrain(quick, store, out=tmp_path / "run", quiet=True)
+    always = [name for name, there in zip(store.contrasts, store.present.all(axis=0), strict=True) if there]
+    assert always
+    assert list(InputContract.load(run / "export").never_absent) == (always if always_present else [])
 
 
 def test_a_rollback_is_told_on_the_terminal_in_the_facts_and_in_the_card(store, recipe, tmp_path, monkeypatch, capsys):

@@ -115,6 +115,22 @@ def test_a_quota_is_an_error_of_one_line_and_leaves_no_half_of_a_checkpoint(tmp_
     assert list(tmp_path.iterdir()) == [first]
 
 
+def test_a_fault_of_the_device_is_not_reported_as_a_full_disk(tmp_path, monkeypatch):
+    def fails(tensor):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    first = checkpoint.save_checkpoint(tmp_path, make_checkpoint(1), keep=2)
+    weight = torch.zeros(2)
+    weight.detach = lambda: fails(weight)
+    later = make_checkpoint(2)
+    for part in ({"model": {"weight": weight}}, {"optimizer": {"state": {0: {"exp_avg": weight}}}}):
+        with pytest.raises(RuntimeError, match="illegal memory"):
+            checkpoint.save_checkpoint(tmp_path, checkpoint.Checkpoint(**(vars(later) | part)), keep=2)
+    with pytest.raises(RuntimeError, match="illegal memory"), checkpoint.wrap_write_errors("the export", tmp_path):
+        fails(weight)
+    assert list(tmp_path.iterdir()) == [first]
+
+
 def test_a_folder_that_somebody_set_aside_is_no_checkpoint(tmp_path):
     path = checkpoint.save_checkpoint(tmp_path, make_checkpoint(2), keep=2)
     for name in ("step-000002.bak", "step-", "step-old"):

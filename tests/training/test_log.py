@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from brainfound.errors import TrainingError
 from brainfound.report.curves import RunFolder
 from brainfound.training.log import TrainingLog
 
@@ -46,3 +47,20 @@ def test_an_event_with_a_number_that_is_not_finite_is_written_once(tmp_path):
         log.roll_back({"step": 1, "rolled_back_from": 2, "score": math.nan}, 1)
     assert len(strict_lines(path)) == 2
     assert len(RunFolder.read(tmp_path).rollbacks) == 1
+
+
+@pytest.mark.parametrize("damaged", ['{"step": 2, "lo\x00', "[2]", '{"loss": 1.0}'])
+def test_only_a_damaged_last_line_is_forgiven(tmp_path, damaged):
+    path = tmp_path / "log.jsonl"
+    whole = ['{"step": 1}', damaged, '{"step": 3}', '{"step": 4}', ""]
+    path.write_text("\n".join(whole))
+    log = TrainingLog(path, 9, quiet=True, is_main=True)
+    before = path.read_bytes()
+    for change in (lambda: log.truncate_after(9), lambda: log.roll_back({"step": 1, "rolled_back_from": 4}, 1)):
+        with pytest.raises(TrainingError, match=r"log\.jsonl:2: a line of the log is damaged .*Remove this line"):
+            change()
+        assert path.read_bytes() == before
+    for ending in ("", "\n"):
+        path.write_text('{"step": 1}\n{"step": 2}\n' + damaged + ending)
+        log.truncate_after(9)
+        assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -17,7 +17,7 @@ from brainfound.errors import RecipeError, TrainingError
 from brainfound.models import BrainFoundModel
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.training_task import PretrainTask
-from brainfound.training import distributed
+from brainfound.training import distributed, run_folder
 from tests.training.line_task import Killed
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
@@ -80,6 +80,38 @@ def test_a_recipe_that_cannot_be_read_is_one_line(finished, store, recipe, tmp_p
     with pytest.raises(RecipeError, match=r"recipe\.yaml: the recipe of this run cannot be read") as error:
         pretrain(recipe("engine.precision=auto"), store, out=run, resume=True, quiet=True)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"started": ', "run.json: the file cannot be read"),
+        ("[1]", "run.json: the file has other content .got a list"),
+        ("{}", "run.json: the facts of this run are damaged .got data_hash null"),
+        ('{"data_hash": 5}', "run.json: the facts of this run are damaged .got data_hash 5"),
+        (None, "run.json: the file cannot be read"),
+    ],
+)
+def test_facts_that_cannot_be_read_are_one_line(finished, store, recipe, tmp_path, content, words):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(finished / "recipe.yaml", run)
+    if content is not None:
+        (run / "run.json").write_text(content)
+    with pytest.raises(TrainingError, match=words) as error:
+        pretrain(recipe(), store, out=run, resume=True, quiet=True)
+    assert "\n" not in str(error.value)
+    assert "Put back the run.json" in str(error.value)
+
+
+@pytest.mark.parametrize("target", [None, "age_years", {"task": "regression"}, {"task": 1, "column": "age_years"}])
+def test_facts_without_a_usable_target_are_one_line(tmp_path, target):
+    (tmp_path / "run.json").write_text(json.dumps({"model": "m", "target": target}))
+    with pytest.raises(TrainingError, match=r"facts of this run are damaged .got target "):
+        run_folder.read_facts(tmp_path, "model", "target")
+    good = {"model": "m", "target": {"task": "regression", "column": "age_years"}}
+    (tmp_path / "run.json").write_text(json.dumps(good))
+    assert run_folder.read_facts(tmp_path, "model", "target") == good
 
 
 def refused(*arguments, **keywords):

@@ -358,6 +358,6 @@ def _binary_labels(store: Store, column: str, sessions: Sequence[int]) -> Float[
             where=f"column {column}",
             got=repr(labels.iloc[int(np.argmax(numbers < 0))]),
             expected="0, 1, true or false",
-            remedy="Make one column of 0 and 1 of each class",
+            remedy="Create one column of 0 and 1 of each class",
         )
     return numbers

@@ -164,13 +164,13 @@ class Segmentation(Task):
         """Label codes → class indices; codes absent from the training part become background."""
         if self.merge:
             return (mask != 0).astype(np.uint8)
-        table = np.zeros(max(int(mask.max()), max(self.codes)) + 1, dtype=np.uint8)
+        table = np.zeros(max(int(mask.max()), max(self.codes)) + 1, dtype=np.min_scalar_type(len(self.codes) - 1))
         table[list(self.codes)] = np.arange(len(self.codes))
         return table[mask]
 
     def decode_mask(self, classes: np.ndarray) -> np.ndarray:
         """Class indices → label codes."""
-        return np.array(self.codes, dtype=np.uint8 if max(self.codes) <= 255 else np.uint16)[classes]
+        return np.array(self.codes, dtype=np.min_scalar_type(max(self.codes)))[classes]
 
     def unknown_codes(self, mask: np.ndarray) -> list[int]:
         """The codes of a mask that are absent from the training part; none if all codes are merged."""
@@ -241,7 +241,8 @@ class Segmentation(Task):
 
     def patch_answer(self, pixels: Float[np.ndarray, "S K H W"]) -> np.ndarray:
         """Probabilities (0 where a label is not marked) → the answer in the form of `get_answer`."""
-        return np.where(pixels.any(axis=1), pixels.argmax(axis=1) + 1, 0).astype(np.uint8)
+        classes = np.where(pixels.any(axis=1), pixels.argmax(axis=1) + 1, 0)
+        return classes.astype(np.min_scalar_type(pixels.shape[1]))
 
     def as_prediction(self, answer: np.ndarray) -> StackPrediction:
         """The inverse of `get_answer`."""

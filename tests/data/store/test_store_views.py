@@ -148,6 +148,11 @@ def test_show_verifies_a_store(small_store, tmp_path, monkeypatch, capsys):
         assert end.value.code == code
         out, err = capsys.readouterr()
         assert (small_store.content_hash in out) != damage
+        monkeypatch.setattr("sys.argv", ["brainfound", "show", str(tmp_path / "copy"), "--verify", "--json"])
+        with pytest.raises(SystemExit):
+            main()
+        out_json = capsys.readouterr().out
+        assert damage or json.loads(out_json) == {"content_hash": small_store.content_hash, "verified": True}
         assert ("shorter than the table" in err or "not those that were written" in err) == damage
 
 
