@@ -23,7 +23,7 @@ from brainfound.errors import UsageError, mistaken_for
 from brainfound.experiments.folder import RUNS_FILE
 from brainfound.finetuning.scoring import CASES_FILE, FROZEN_CASES_FILE, SUBJECT_ROW, read_cases
 from brainfound.metrics.cases import list_table_metrics
-from brainfound.training.run_folder import read_facts
+from brainfound.training.run_folder import FACTS_FILE, read_facts
 
 
 @dataclass(frozen=True)
