@@ -283,6 +283,7 @@ def test_what_is_no_source_is_called_by_its_name(
     for name in ("Task05_Brain", "Task02_Heart"):
         (tmp_path / "raw" / name / "imagesTr").mkdir(parents=True)
         (tmp_path / "raw" / name / "dataset.json").write_text("{}")
+        (tmp_path / "raw" / name / "imagesTr" / "case_0000.nii.gz").write_bytes(b"")
     given = given.format(tmp=tmp_path, store=small_store.path, run=classifier, backbone=tiny_backbone)
     arguments = {"check": ["check", given], "prepare": ["prepare", given, tmp_path / "out"]}
     answer = cli(*arguments.get(verb, [verb, classifier, given, "--out", tmp_path / "out"]))
