@@ -130,12 +130,24 @@ def rewrite(folder, change):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_the_names_of_hub_files_are_read(tmp_path):
-    """Files of before transformers 5 call the projections `attention.attention.query` and so on."""
+def test_each_tensor_of_a_hub_file_lands_in_its_place(tmp_path):
+    """Hub files are named as before transformers 5; each of a layer's tensors becomes the one of the same meaning."""
     folder = write_vit(tmp_path / "vit")
-    names = list(load_file(folder / "model.safetensors"))
-    assert "vit.encoder.layer.0.attention.attention.query.weight" in names
-    assert "vit.encoder.layer.2.intermediate.dense.bias" in names
+    saved = load_file(folder / "model.safetensors")
+    own = BrainFoundModel.from_backbone(folder).encoder.backbone.encoder.layer[2].state_dict()
+    places = {
+        "attention.attention.query": "attention.q_proj",
+        "attention.attention.key": "attention.k_proj",
+        "attention.attention.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj",
+        "layernorm_before": "norm1",
+        "layernorm_after": "norm2",
+        "intermediate.dense": "mlp.fc1",
+        "output.dense": "mlp.fc2",
+    }
+    for theirs, ours in places.items():
+        for kind in ("weight", "bias"):
+            assert torch.equal(own[f"{ours}.{kind}"], saved[f"vit.encoder.layer.2.{theirs}.{kind}"]), ours
 
 
 def test_missing_weights_are_refused_by_name(tmp_path):
