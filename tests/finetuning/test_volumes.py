@@ -168,14 +168,6 @@ def test_masks_move_with_the_pixels():
     assert moved.masks.dtype == torch.long
 
 
-def test_nothing_changes_where_nothing_is_asked_for():
-    still = VolumeAugmentation(rotation_degrees=0, scale=0, shear=0, contrast_dropout=0, intensity=QUIET)
-    batch = blob_batch()
-    same = augment_volumes(batch, still, KEY)
-    assert torch.allclose(same.pixel_values, batch.pixel_values / 255, atol=1e-5)
-    assert torch.equal(same.masks, batch.masks)
-
-
 def test_blur_does_not_cross_from_one_slice_to_the_next():
     """A stack of evenly grey slices must stay one, however different neighbouring slices are."""
     greys = torch.tensor([20, 220, 60, 140], dtype=torch.uint8)
@@ -200,12 +192,6 @@ def test_withheld_and_absent_contrasts_are_empty_and_one_always_stays():
     assert (~seen.contrast_mask & batch.contrast_mask).any()
     empty = ~seen.contrast_mask[:, None, :].expand(-1, 3, -1)
     assert (seen.pixel_values[empty] == 0).all()
-
-
-def test_pixels_stay_in_range():
-    seen = augment_volumes(blob_batch(), VolumeAugmentation(), KEY)
-    assert float(seen.pixel_values.min()) >= 0
-    assert float(seen.pixel_values.max()) <= 1 + 1e-5
 
 
 def test_an_impossible_augmentation_is_refused():

@@ -127,10 +127,11 @@ def test_a_kernel_that_fails_at_the_lengths_of_the_run_is_not_chosen(monkeypatch
 
 
 def test_the_fastest_kernel_is_chosen(monkeypatch):
-    import time
+    clock = types.SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(attention, "time", clock)
 
     def slow(query, key, value, packing, scaling):
-        time.sleep(0.05)
+        clock.now += 0.05
         return attention._per_run(attention._sdpa)(query, key, value, packing, scaling)
 
     for name in ("sdpa", "varlen", "xformers"):

@@ -5,7 +5,6 @@ import pytest
 import torch
 from scipy import stats
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
 
 from brainfound.errors import ModelError
 from brainfound.models import (
@@ -303,37 +302,6 @@ def test_slice_mixing_reads_the_neighbours_of_its_own_volume(backbone_folder):
     with torch.no_grad():
         same = (model(pixels).logits == model(changed).logits).flatten(2).all(dim=2)
     assert same.tolist() == [[True, False, False], [True, True, True]]
-
-
-def test_a_transformers_trainer_trains_and_evaluates(backbone_folder, tmp_path):
-    torch.manual_seed(0)
-    model = BrainFoundForClassification.from_backbone(backbone_folder, aggregator="attention")
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    volumes = [
-        {
-            "pixel_values": torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
-            "contrast_mask": torch.tensor([True, False, True]),
-            "slice_mask": torch.tensor([True, True, index > 0]),
-            "positions_mm": torch.arange(3.0),
-            "labels": index % 2,
-        }
-        for index in range(4)
-    ]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=volumes, eval_dataset=volumes)
-    assert np.isfinite(trainer.train().training_loss)
-    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert {"head.score.weight", "brainfound.aggregator.score.weight"} <= changed
-    assert any("encoder.backbone.encoder.layer.0" in name for name in changed)
-    prediction = trainer.predict(volumes)
-    assert prediction.predictions.shape == (4, 2)
 
 
 def test_an_expectation_over_bins_is_not_rounded_by_autocast():

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import huggingface_hub
 import pytest
@@ -277,10 +276,8 @@ def test_a_hub_that_is_away_is_one_line_without_retries(monkeypatch, read):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
     monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
     monkeypatch.setattr("brainfound.hub._last_answer", ("", 0.0, False))
-    start = time.monotonic()
     with pytest.raises(ModelError, match="no answer from https://hub.invalid"):
         read("nobody/nothing-of-this-name")
-    assert time.monotonic() - start < 5
     assert requests == ["https://hub.invalid"]
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 

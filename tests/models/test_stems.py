@@ -3,7 +3,6 @@
 from itertools import pairwise
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,11 +12,9 @@ from transformers import AutoModel, ViTConfig, ViTModel
 
 from brainfound.adapters import AdapterRecipe, attach_adapter
 from brainfound.adapters.roles import resolve_targets
-from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError, RecipeError
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.models import BrainFoundConfig, BrainFoundForClassification, BrainFoundForSegmentation, BrainFoundModel
-from brainfound.models import infer as inference
 from brainfound.models.encoder import ValidSlices
 from brainfound.models.stem import STEMS
 from brainfound.pretraining.starting_model import InitRecipe, build_model
@@ -205,22 +202,6 @@ def test_chunks_do_not_cut_neighbours_apart(backbone_folder, chunk):
         whole = build(backbone_folder, "slices")(pixels, None, mask).slice_embeddings
         chunked = build(backbone_folder, "slices", slice_chunk=chunk)(pixels, None, mask).slice_embeddings
     torch.testing.assert_close(chunked, whole, **CLOSE)
-
-
-def test_prediction_keeps_neighbours_together(backbone_folder, monkeypatch):
-    model = build(backbone_folder, "slices", BrainFoundForSegmentation, num_labels=2, decoder_width=8)
-    stack = Stack(
-        pixels=np.random.default_rng(0).integers(0, 256, (7, 1, 16, 24), dtype=np.uint8),
-        contrasts=("T1w",),
-        present=np.array([True]),
-        positions_mm=np.arange(7, dtype=np.float32) - 3,
-        affine=np.eye(4),
-        native_shape=(7, 16, 24),
-        native_affine=np.eye(4),
-    )
-    whole = inference.infer(model, stack).foreground_probability
-    monkeypatch.setattr(inference, "SEGMENTATION_CHUNK", 2)
-    np.testing.assert_allclose(inference.infer(model, stack).foreground_probability, whole, atol=1e-5)
 
 
 def test_several_contrasts_are_refused(backbone_folder):

@@ -156,7 +156,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_undisturbed_one(
     whole, run = undisturbed(tmp_path, store, num_processes, monkeypatch), tmp_path / "run"
 
     write_recipe(num_workers)
-    step = random.randrange(5, 8)
+    step = random.Random(2 * num_processes + num_workers + dies_saving).randrange(5, 8)
     story = f"killed after step {step}"
     killed = start(tmp_path, store, run, num_processes, DIE_AT=step)
     assert killed.returncode != 0

@@ -336,14 +336,6 @@ def test_bfloat16_trains_with_float32_weights(store, recipe, tmp_path):
     assert all(abs(line["loss"]) < 100 for line in log_lines(run, "loss"))
 
 
-def test_dry_run_leaves_nothing_and_reports(store, recipe, tmp_path, capsys):
-    pretrain(recipe(), store, out=tmp_path / "run", dry_run=True, quiet=True)
-    assert not (tmp_path / "run").exists()
-    report = capsys.readouterr().out
-    for part in ("effective learning rate", "images/s", "iB"):
-        assert part in report
-
-
 def test_the_loss_falls(store, recipe, tmp_path):
     changes = (
         "engine.steps=60",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,12 +174,22 @@ def test_every_batch_comes_once_and_in_order():
 
 
 def test_the_next_items_are_made_while_one_is_used():
-    made = []
-    items = map_in_background(range(10), lambda item: made.append(item) or item, 2)
+    """Two in front of the one in use, and no more: memory is not endless."""
+    used, ahead, two_ahead = 1, [], threading.Event()
+
+    def make(item: int) -> int:
+        ahead.append(item - used)
+        if item == 2:
+            two_ahead.set()
+        return item
+
+    items = map_in_background(range(200), make, 2)
     assert next(items) == 0
-    time.sleep(0.2)
-    assert made == [0, 1, 2]  # two in front of the one in use, and no more: memory is not endless
-    items.close()
+    assert two_ahead.wait(60)
+    for used in range(2, 201):
+        assert next(items) == used - 1
+    assert list(items) == []
+    assert max(ahead) == 1
 
 
 def test_an_error_comes_where_its_item_would_have_come():

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import nibabel as nib
 import numpy as np
@@ -82,18 +81,24 @@ def test_an_unfinished_store_is_gone_on_with(tmp_path, make_cohort, monkeypatch)
     cohort = make_cohort(tmp_path / "cohort", num_subjects=20, contrasts=("T1w",))
     settings = SETTINGS.model_copy(update={"contrasts": ("T1w",)})
     expected = prepare(cohort, tmp_path / "expected", settings).content_hash
-    code = (
-        "import sys; from brainfound import Preprocessing, prepare;"
-        "prepare(sys.argv[1], sys.argv[2], Preprocessing(contrasts=('T1w',), spacing_mm=(4,4,4), size=(32,32)))"
-    )
-    run = subprocess.Popen([sys.executable, "-c", code, str(cohort), str(tmp_path / "store")])
-    first = tmp_path / ".store.partial" / "shard-00000.json"
-    deadline = time.monotonic() + 60
-    while not first.exists() and run.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert not (tmp_path / "store").exists(), "killed too late to test anything"
+    code = """
+import os, signal, sys
+from brainfound import Preprocessing, prepare
+from brainfound.data.store import executors
+
+write = executors.write_shard
+def dies_at_the_second(job):
+    if job.shard.number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(job)
+
+executors.write_shard = dies_at_the_second
+prepare(sys.argv[1], sys.argv[2], Preprocessing(contrasts=("T1w",), spacing_mm=(4, 4, 4), size=(32, 32)))
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(cohort), str(tmp_path / "store")])
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / ".store.partial" / "shard-00000.json").is_file()
+    assert not (tmp_path / "store").exists()
     with pytest.raises(StoreError, match="not complete"):
         Store.open(tmp_path / "store")
     written = []

@@ -15,6 +15,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.store import Store, executors
@@ -292,11 +293,13 @@ _PREPARE = (
 
 def test_two_processes_that_start_at_once_make_one_store(source, tmp_path):
     command = [sys.executable, "-c", _PREPARE, str(source), str(tmp_path / "store")]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    with FileLock(tmp_path / ".store.lock"):  # until both wait
+        runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        for run in runs:
+            assert any("waiting for it" in line for line in run.stderr)
     answers = [run.communicate(timeout=120) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], answers
     assert answers[0][0] == answers[1][0]
-    assert "waiting for it" in answers[0][1] + answers[1][1]
     assert_equal_to_new(Store.open(tmp_path / "store"), source, tmp_path)
 
 
