@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +32,8 @@ from brainfound.finetuning.volumes import VolumeReader
 from brainfound.inference.evaluation import evaluate
 from brainfound.models.infer import unwrap_peft
 from brainfound.recipes import validate
+from tests.ranks import launch
 from tests.tiny_runs import log_lines, subjects_by_part
-
-LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
 
 TINY = {
     "name": "tiny",
@@ -482,13 +478,8 @@ def test_two_ranks_train_together(small_store, tiny_backbone, tmp_path):
         "import sys, torch\ntorch.set_num_threads(1)\nfrom brainfound.finetuning.finetune import finetune\n"
         "finetune(*sys.argv[1:4], 'diagnosis', sys.argv[4], quiet=True)\n"
     )
-    port = 20_000 + os.getpid() % 20_000
-    options = ["--config_file", LAUNCH_FILE, "--main_process_port", port]
-    arguments = [tmp_path / "run.py", tmp_path / "tiny.yaml", small_store.path, tiny_backbone, tmp_path / "run"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, timeout=240)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    arguments = [tmp_path / "tiny.yaml", small_store.path, tiny_backbone, tmp_path / "run"]
+    launch(tmp_path / "run.py", *arguments, HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="true")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2
     assert [line["step"] for line in log_lines(tmp_path / "run", "loss")] == [1, 2, 3]
     load_bundle(tmp_path / "run" / "export")

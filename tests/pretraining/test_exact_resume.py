@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.training_task import PretrainTask
+from tests.ranks import launch_command
 from tests.tiny_runs import untimed_lines
 
-LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
 SETTINGS = ("engine.steps=8", "engine.checkpoint_every=2", "engine.keep_checkpoints=2", "probe.every=4")
 LAST = "step-000008"
 
@@ -78,12 +78,9 @@ pretrain(recipe, store, out=out, quiet=True, resume="--resume" in sys.argv)
 def start(folder: Path, store, run: Path, num_processes: int, *more: str, **environment: object):
     """One start of the run, to its end or its death."""
     (folder / "run.py").write_text(RUN)
-    launcher: list[object] = []
-    if num_processes > 1:
-        # A port of its own for each start: the one before may not have given back its own yet.
-        options = ["--config_file", LAUNCH_FILE, "--main_process_port", random.randrange(20_000, 60_000)]
-        launcher = ["-m", "accelerate.commands.launch", *options, "--num_processes", num_processes]
-    command = [sys.executable, *launcher, folder / "run.py", folder / "tiny.yaml", store.path, run]
+    # A port of its own for each start: the one before may not have given back its own yet.
+    launcher = launch_command("--num_processes", num_processes) if num_processes > 1 else [sys.executable]
+    command = [*launcher, folder / "run.py", folder / "tiny.yaml", store.path, run]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in environment.items()}}
     arguments = [*command, f"{run}.order", *more]
     return subprocess.run(list(map(str, arguments)), env=variables, capture_output=True, text=True, timeout=240)
