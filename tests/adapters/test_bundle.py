@@ -76,7 +76,7 @@ def test_saving_leaves_the_model_and_the_random_numbers_alone(export_folder, pre
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
-def test_an_adapter_is_small_beside_its_base(export_folder, preprocessing, tmp_path, adapted):
+def test_an_adapter_is_small_next_to_its_base(export_folder, preprocessing, tmp_path, adapted):
     folder = save_bundle(tmp_path / "b", adapted(export_folder), preprocessing=preprocessing, labels=LABELS)
     saved = load_file(folder / "adapter_model.safetensors")
     base = load_file(folder / "base" / "model.safetensors")

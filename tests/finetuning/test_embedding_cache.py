@@ -118,7 +118,7 @@ def test_other_features_of_a_slice_are_kept_as_the_model_gives_them(tiny_backbon
     torch.testing.assert_close(torch.from_numpy(cache.slices(1)), expected)
 
 
-def test_a_damaged_cache_is_told_of(network, small_store, tmp_path):
+def test_a_damaged_cache_is_reported(network, small_store, tmp_path):
     path = EmbeddingCache(network, small_store, tmp_path, 3).path
     (path / "embeddings.npy").write_bytes((path / "embeddings.npy").read_bytes()[:200])
     with pytest.raises(TrainingError, match="cannot be used"):

@@ -177,7 +177,7 @@ def test_a_stem_may_be_chosen_and_blocks_computed_again(
     assert (model.config.stem, model.config.aggregator) == (stem, "mean" if column == "mask" else "max")
 
 
-def test_what_the_validation_part_calibrates_stands_beside_the_scores(small_store, tiny_backbone, tmp_path):
+def test_what_the_validation_part_calibrates_stands_next_to_the_scores(small_store, tiny_backbone, tmp_path):
     recipe = tiny("task=regression", "task.head=bins", "task.bins=12", "task.interval_confidence=0.5")
     run = finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / "run", quiet=True)
     scores = json.loads((run / "scores.json").read_text())
@@ -284,7 +284,7 @@ def test_lora_leaves_the_base_as_it_was(six_steps, tiny_backbone):
     assert all(value.abs().max() > 0 for value in updates)
 
 
-def test_card_beside_the_weights_names_the_scores(six_steps, tiny_backbone):
+def test_card_next_to_the_weights_names_the_scores(six_steps, tiny_backbone):
     card = (six_steps / "export" / "README.md").read_text()
     scores = json.loads((six_steps / "scores.json").read_text())
     mae = next(line for line in card.splitlines() if line.startswith("| mae |"))
@@ -294,7 +294,7 @@ def test_card_beside_the_weights_names_the_scores(six_steps, tiny_backbone):
     assert "frozen baseline" in card
     assert f"{scores['frozen']['mae']:.4g}" in mae
     assert "train 6 sessions of 6 subjects" in card
-    assert f"| Data hash | {scores_hash(six_steps)}" in card
+    assert f"| Data hash | {data_hash_of_split(six_steps)}" in card
     assert str(tiny_backbone.parent) not in card
     assert "load_bundle" in card
     assert "not a medical device" in card
@@ -341,7 +341,7 @@ def test_card_names_device_and_slices(six_steps, small_store):
     assert pearson.split(" | ")[2] == "undefined"
 
 
-def scores_hash(run: Path) -> str:
+def data_hash_of_split(run: Path) -> str:
     return Split.load(run / "splits.json").data_hash
 
 
@@ -411,7 +411,7 @@ def test_another_run_learns_and_tests_on_the_same_subjects(six_steps, small_stor
         )  # fmt: skip
 
 
-def test_doors(six_steps, small_store, tiny_backbone, tmp_path):
+def test_what_cannot_start_or_resume_is_refused(six_steps, small_store, tiny_backbone, tmp_path):
     def start(column="age_years", *overrides, out=tmp_path / "new", **options):
         finetune(tiny(*overrides), small_store, tiny_backbone, column, out, quiet=True, **options)
 

@@ -128,7 +128,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(small_store, tiny
 SURFACES = {"surface_dice", "hd95_mm", "lesion_f1", "volume_error_mm3"}
 
 
-def test_surfaces_and_empty_masks_are_scored_where_they_are_asked_for(small_store, tiny_backbone, tmp_path):
+def test_surfaces_and_empty_masks_are_scored_where_they_are_requested(small_store, tiny_backbone, tmp_path):
     overrides = ["task.scoring.surface_mm=2", "task.scoring.empty=one", "frozen_baseline=true", "evaluate_every=0"]
     run = finetune(
         validate(FinetuneRecipe, TINY, overrides), small_store, tiny_backbone, "mask", tmp_path / "run", quiet=True

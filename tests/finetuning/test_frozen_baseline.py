@@ -155,7 +155,7 @@ def test_a_bundle_answers_for_its_baseline_as_the_run_did(
     assert without.scores == pytest.approx(again.scores, nan_ok=True)
 
 
-def test_a_baseline_whose_backbone_is_gone_or_that_was_not_asked_for_is_said(small_store, tiny_backbone, tmp_path):
+def test_a_baseline_whose_backbone_is_gone_or_that_was_not_requested_is_reported(small_store, tiny_backbone, tmp_path):
     for name, override, words in (
         ("full", "adapter=full", "all weights were trained"),
         ("off", "frozen_baseline=false", "Fine-tune with frozen_baseline=true"),
@@ -215,7 +215,7 @@ def test_a_backbone_without_finite_embeddings_is_refused_in_one_line(small_store
         assert "\n" not in str(refused.value)
 
 
-def test_patches_of_the_structure_are_told_from_the_rest(small_store, tiny_backbone, tmp_path):
+def test_patches_of_the_structure_are_distinguished_from_the_rest(small_store, tiny_backbone, tmp_path):
     """A linear model of a random backbone finds the bright ball better than a baseline that marks the whole head."""
     scores = read_scores(run(small_store, tiny_backbone, "mask", tmp_path / "run", "num_slices=12"))
     assert scores["frozen"]["dice"] > scores["trivial"]["dice"] + 0.1

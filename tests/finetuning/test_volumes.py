@@ -45,7 +45,7 @@ def test_every_slice_has_its_turn():
 
 
 @given(st.floats(0, 1), st.integers(1, 12), st.integers(0, 1000))
-def test_the_asked_share_shows_the_structure(share, wanted, seed):
+def test_the_requested_share_shows_the_structure(share, wanted, seed):
     mask = np.zeros((20, 4, 4), dtype=np.uint8)
     mask[[3, 4, 11], 1, 1] = 2
     index = sample_foreground_slices(mask, wanted, share, np.random.default_rng(seed))
@@ -76,7 +76,7 @@ def test_every_place_of_a_run_has_its_turn():
     assert set(seen) == set(range(10))
 
 
-def test_a_reader_may_be_asked_for_neighbours(small_store):
+def test_neighbours_may_be_requested_from_a_reader(small_store):
     batch, sessions = VolumeReader(small_store, [1, 5], 3, 1.0, neighbours=True).read([1, 0], KEY)
     for row, session in enumerate(sessions):
         own = small_store[int(session)].positions_mm
@@ -85,7 +85,7 @@ def test_a_reader_may_be_asked_for_neighbours(small_store):
         assert batch.masks[row].any()
 
 
-def test_runs_meet_the_structure_as_often_as_asked():
+def test_runs_meet_the_structure_as_often_as_requested():
     mask = np.zeros((100, 2, 2), dtype=np.uint8)
     mask[40] = 1
     rng = np.random.default_rng(0)

@@ -233,7 +233,7 @@ def test_a_contrast_that_training_never_saw(without_flair, source):
 
 
 def test_what_is_not_known_is_not_refused(small_store, encoder_export, source, tmp_path):
-    """Bundles of before have no contract; stores without a table of scans have an empty one."""
+    """A bundle may have no contract; that of a store without a table of scans is empty."""
     unmeasured = InputContract.of(small_store).model_copy(update={"coarsest_mm": {}})
     for options in ({}, {"contract": unmeasured}):
         model = load(bundle_of(tmp_path / f"b{len(options)}", "sex", small_store, encoder_export, **options))

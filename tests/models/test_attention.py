@@ -66,7 +66,7 @@ def test_pieces_of_any_size_give_the_same(monkeypatch, piece_bytes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_kernel_that_rounds_otherwise_is_no_fault(dtype):
-    """In bfloat16 it once counted as wrong: the reference was rounded as well, and differences were absolute."""
+    """The reference is not rounded, and differences are relative to it."""
     found = available_kernels(CPU, dtype, 64)
     assert found["sdpa"] == found["matmul"] == ""
 

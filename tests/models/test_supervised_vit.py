@@ -182,7 +182,7 @@ def test_what_dinov2_cannot_compute_is_refused_in_one_line(tmp_path, changes, fi
     assert "\n" not in str(error.value)
 
 
-def test_dropout_of_attention_is_said_and_left_out_so_that_it_can_be_trained(tmp_path):
+def test_dropout_of_attention_is_reported_and_left_out_so_that_it_can_be_trained(tmp_path):
     folder = write_vit(tmp_path / "vit", attention_probs_dropout_prob=0.1)
     with pytest.warns(UserWarning, match=r"attention_probs_dropout_prob 0\.1 is taken as 0"):
         encoder = BrainFoundModel.from_backbone(folder, image_mean=0.0, image_std=1.0).encoder
@@ -234,7 +234,7 @@ def test_what_the_caller_says_goes_before_the_preprocessor(tmp_path):
     assert (model.config.image_mean, model.config.image_std) == (0.1, pytest.approx(0.3))
 
 
-def test_the_preprocessor_of_a_hub_id_is_asked_for(tmp_path, monkeypatch):
+def test_the_preprocessor_of_a_hub_id_is_requested(tmp_path, monkeypatch):
     """Its preprocessor, the values of the family if it has none, and a warning if it is out of reach."""
     folder = write_vit(tmp_path / "vit")
     write_preprocessor(folder, image_mean=[0.4] * 3, image_std=[0.3] * 3)
@@ -288,6 +288,6 @@ def test_it_is_saved_and_comes_back_as_a_brainfound_model(tmp_path, num_contrast
     assert str(tmp_path) not in (tmp_path / "saved" / "config.json").read_text()
 
 
-def test_stochastic_depth_can_be_asked_for(tmp_path):
+def test_stochastic_depth_can_be_requested(tmp_path):
     model = BrainFoundModel.from_backbone(write_vit(tmp_path / "vit"), drop_path_rate=0.2)
     assert model.config.backbone_config.drop_path_rate == 0.2

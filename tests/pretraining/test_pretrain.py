@@ -37,7 +37,7 @@ def test_run_folder_is_complete(finished, store):
     assert [line["step"] for line in log_lines(finished, "probe")] == [0, 3, 6]
 
 
-def test_what_is_watched_is_logged_and_a_later_process_finds_the_start_again(finished, store, recipe):
+def test_what_is_monitored_is_logged_and_a_later_process_finds_the_start_again(finished, store, recipe):
     from brainfound.pretraining.monitoring.guard import read_retention_scores
     from brainfound.pretraining.monitoring.probes import Probe
 
@@ -128,7 +128,7 @@ def test_a_torn_newest_checkpoint_costs_steps_not_the_run(finished, store, recip
     assert [line["loss"] for line in log_lines(run, "loss")] == [line["loss"] for line in log_lines(finished, "loss")]
 
 
-def test_doors(finished, store, recipe, tmp_path):
+def test_what_cannot_start_or_resume_is_refused(finished, store, recipe, tmp_path):
     with pytest.raises(UsageError, match="--resume"):
         pretrain(recipe(), store, out=finished, quiet=True)
     with pytest.raises(UsageError, match="no run to resume"):
@@ -187,7 +187,7 @@ def test_slices_without_whole_patches_are_refused_before_anything_is_written(sto
     pretrain(recipe(*odd, "probe.every=0", "engine.steps=1"), store, out=tmp_path / "run", quiet=True)
 
 
-def test_a_small_disk_is_told_before_anything_is_written(store, recipe, tmp_path, monkeypatch):
+def test_a_small_disk_is_reported_before_anything_is_written(store, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(TrainingError, match="no room for this run"):
         pretrain(recipe(), store, out=tmp_path / "run", quiet=True)
@@ -218,7 +218,7 @@ def test_an_export_that_cannot_be_written_is_one_line(store, recipe, tmp_path, m
         pretrain(recipe("engine.steps=1", "probe.every=0"), store, out=tmp_path / "run", quiet=True)
 
 
-def test_a_rollback_is_told_on_the_terminal_in_the_facts_and_in_the_card(store, recipe, tmp_path, monkeypatch, capsys):
+def test_a_rollback_is_on_the_terminal_in_the_facts_and_in_the_card(store, recipe, tmp_path, monkeypatch, capsys):
     from brainfound.pretraining.monitoring.probes import Probe, ProbeScores
 
     scores = iter([0.9, 0.2, 0.1, 0.9, 0.9, 0.9, 0.9])

@@ -97,7 +97,7 @@ def test_an_export_that_cannot_be_written_is_one_line_and_resume_writes_it(to_ex
     assert (to_export / "export" / "README.md").is_file()
 
 
-def test_a_stop_is_still_told_where_its_export_cannot_be_written(store, recipe, tmp_path, monkeypatch):
+def test_a_stop_is_still_reported_where_its_export_cannot_be_written(store, recipe, tmp_path, monkeypatch):
     def on_log_line(self, step, line):
         raise TrainingError("the features collapsed", where=f"step {step}", remedy="export/ holds the last teacher")
 

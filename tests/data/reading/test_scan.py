@@ -403,7 +403,7 @@ def test_memory_is_one_float32_volume(tmp_path):
     assert 4e6 < peak < 4e6 + 4e6
 
 
-def test_too_little_memory_is_said_in_one_line(write_scan, monkeypatch):
+def test_too_little_memory_is_reported_in_one_line(write_scan, monkeypatch):
     path = write_scan("a.nii.gz")
 
     def refuse(*args, **kwargs):

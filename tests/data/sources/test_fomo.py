@@ -141,7 +141,7 @@ def test_openneuro_in_fomo300k_has_a_level_more(tmp_path, contents, pointed_at):
     assert found == {k: v for k, v in expected.items() if not pointed_at.endswith("2") or v == 40}
 
 
-def test_rows_that_cannot_be_told_apart_are_not_used(tmp_path):
+def test_rows_that_cannot_be_distinguished_are_not_used(tmp_path):
     for dataset in ("ds000001", "ds000002"):
         zip_of(tmp_path / "PT030_OpenNeuro" / dataset / "sub-01" / "ses-01.zip", "anat/sub-01_ses-01_T1w.nii.gz")
     rows = "".join(f"PT030_OpenNeuro\tsub-01\tses-01\t{age}\tc\n" for age in (30, 40))

@@ -102,7 +102,7 @@ def test_label_maps_are_known_by_name(name, column, identifier):
         ("cor_07", "cor_07", None),
     ],
 )
-def test_visits_are_told_from_persons(identifier, subject, session):
+def test_visits_are_distinguished_from_persons(identifier, subject, session):
     found = parse_identifier(identifier)
     assert (found.subject, found.session) == (subject, session)
 
@@ -312,7 +312,7 @@ def test_public_sets_in_their_folders(layout, contents):
     assert sessions["UCSF-PDGM-0004"].masks["mask"].name == "UCSF-PDGM-0004_tumor_segmentation.nii.gz"
 
 
-def test_dicom_beside_images_is_not_lost_silently(layout):
+def test_dicom_next_to_images_is_not_lost_silently(layout):
     cohort = Cohort.read(layout("p1_T1.nii.gz", "p1/raw.dcm"))
     assert [(file.name, reason) for file, reason in cohort.unused] == [
         ("raw.dcm", "DICOM in a folder of images is not read")
@@ -394,7 +394,7 @@ def test_subjects_of_freesurfer(layout):
     assert any("dseg: 'aparc aseg' is used and not 'aseg'" in note for note in cohort.notes)
 
 
-def test_files_of_fsl_beside_a_scan_are_not_scans(layout):
+def test_files_of_fsl_next_to_a_scan_are_not_scans(layout):
     names = (
         "T1",
         "T1_brain_mask",

@@ -48,7 +48,7 @@ def test_store_holds_what_preprocessing_makes(cohort_folder, tmp_path):
     np.testing.assert_array_equal(np.frombuffer(row["pixels"], np.uint8).reshape(3, 32, 32), stack.pixels[3])
 
 
-def test_slices_are_read_in_the_asked_order_and_across_processes(small_store):
+def test_slices_are_read_in_the_requested_order_and_across_processes(small_store):
     rows = np.array([small_store.num_slices - 1, 0, 57, 0, 130])
     pixels = pickle.loads(pickle.dumps(small_store)).read_slices(rows)
     everything = np.concatenate([small_store[i].pixels for i in range(len(small_store))])

@@ -255,7 +255,7 @@ def test_a_worker_of_a_run_that_is_over_writes_nothing(source, tmp_path, monkeyp
     assert os.listdir(partial / "slices") == []
 
 
-def test_a_resumed_run_is_asked_only_for_the_space_that_is_missing(source, tmp_path, monkeypatch):
+def test_a_resumed_run_needs_only_the_space_that_is_missing(source, tmp_path, monkeypatch):
     stop_after_the_first_shard(source, tmp_path / "store", monkeypatch)
     usage = shutil.disk_usage(tmp_path)
     from brainfound.data.cohort import Cohort
@@ -303,7 +303,7 @@ def test_two_processes_that_start_at_once_make_one_store(source, tmp_path):
     assert_equal_to_new(Store.open(tmp_path / "store"), source, tmp_path)
 
 
-def test_a_full_disk_is_said_before_it_is_filled(source, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_it_is_filled(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(store_plan.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     with pytest.raises(StoreError, match=r"will not hold the store \(got 0.0 GB free.*12 sessions.*Free some space"):
