@@ -17,6 +17,7 @@ from brainfound.data.checking.contract import InputContract
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundModel
+from tests.damage import truncate
 
 TASKS = ("classification", "regression", "segmentation")
 LABELS = {"0": "control", "1": "patient"}
@@ -223,10 +224,6 @@ def rehash(folder):
     content = json.loads(path.read_text())
     content["files"] = {name: file_hash(folder / name) for name in content["files"]}
     path.write_text(json.dumps(content))
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize(

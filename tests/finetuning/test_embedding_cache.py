@@ -15,19 +15,16 @@ from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.models import BrainFoundForRegression, BrainFoundModel
 from brainfound.recipes import validate
-from tests.tiny_runs import log_lines
+from tests.tiny_runs import log_lines, tiny_finetuning
 
-TINY = {
-    "name": "tiny",
-    "adapter": "head-only",
-    "cached_embeddings": True,
-    "num_slices": 4,
-    "head_fit_passes": 1,
-    "frozen_baseline": False,
-    "evaluate_every": 0,
-    "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
-    "engine": {"steps": 4, "batch_size": 4, "precision": "no", "log_every": 1, "checkpoint_every": 4, "num_workers": 0},
-}
+TINY = tiny_finetuning(
+    engine={"steps": 4, "checkpoint_every": 4},
+    name="tiny",
+    adapter="head-only",
+    cached_embeddings=True,
+    head_fit_passes=1,
+    frozen_baseline=False,
+)
 
 
 @pytest.fixture

@@ -33,17 +33,9 @@ from brainfound.inference.evaluation import evaluate
 from brainfound.models.infer import unwrap_peft
 from brainfound.recipes import validate
 from tests.ranks import launch
-from tests.tiny_runs import log_lines, subjects_by_part
+from tests.tiny_runs import log_lines, subjects_by_part, tiny_finetuning
 
-TINY = {
-    "name": "tiny",
-    "num_slices": 4,
-    "head_fit_passes": 0,
-    "frozen_baseline": False,
-    "evaluate_every": 3,
-    "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
-    "engine": {"steps": 3, "batch_size": 4, "precision": "no", "log_every": 1, "checkpoint_every": 3, "num_workers": 0},
-}
+TINY = tiny_finetuning(engine={"steps": 3, "checkpoint_every": 3}, name="tiny", frozen_baseline=False, evaluate_every=3)
 COLUMNS = {"classification": "diagnosis", "regression": "age_years", "segmentation": "mask"}
 OWN = {
     "diagnosis": "aggregator=max",

@@ -21,15 +21,11 @@ from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.scores import segmentation_case_scores
 from brainfound.models.infer import StackPrediction, infer
 from brainfound.recipes import validate
+from tests.tiny_runs import tiny_finetuning
 
-TINY = {
-    "num_slices": 4,
-    "task": {"kind": "segmentation", "decoder_width": 8},
-    "frozen_baseline": False,
-    "evaluate_every": 2,
-    "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
-    "engine": {"steps": 2, "batch_size": 4, "precision": "no", "log_every": 1, "num_workers": 0},
-}
+TINY = tiny_finetuning(
+    task={"kind": "segmentation", "decoder_width": 8}, head_fit_passes=4, frozen_baseline=False, evaluate_every=2
+)
 
 
 def test_overlapping_labels_from_recipe_to_files(small_store, tiny_backbone, tmp_path):

@@ -28,14 +28,9 @@ from brainfound.finetuning.tasks import resolve
 from brainfound.inference.evaluation import evaluate
 from brainfound.models import BrainFoundForSegmentation, BrainFoundModel
 from brainfound.recipes import validate
+from tests.tiny_runs import tiny_finetuning
 
-TINY = {
-    "num_slices": 4,
-    "head_fit_passes": 0,
-    "evaluate_every": 0,
-    "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
-    "engine": {"steps": 1, "batch_size": 4, "precision": "no", "log_every": 1, "num_workers": 0},
-}
+TINY = tiny_finetuning(engine={"steps": 1})
 PARTS = {"train": np.arange(8), "test": np.arange(8, 12)}
 
 

@@ -18,6 +18,7 @@ from brainfound.finetuning.tasks import Classification, Regression, Segmentation
 from brainfound.inference.loading import load
 from brainfound.inference.segmentation import SegmentationOptions
 from brainfound.models import BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation
+from tests.damage import truncate
 
 TARGETS = {
     "age": Regression("age_years", mean=50.0, std=10.0),
@@ -165,8 +166,7 @@ def without_a_file(folder):
 
 
 def truncated(folder):
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+    truncate(folder / "adapter_model.safetensors")
 
 
 def not_json(folder):

@@ -31,6 +31,7 @@ from brainfound.models.aggregators import AGGREGATORS
 from brainfound.models.decoders import DECODERS
 from brainfound.models.loading import is_brainfound, load_initial_model, read_history
 from brainfound.models.model_folder import require_finite
+from tests.damage import truncate
 
 HEADS = (BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation)
 
@@ -288,8 +289,7 @@ def pickled(folder):
 
 
 def truncated(folder):
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    truncate(folder / "model.safetensors")
 
 
 def not_json(folder):

@@ -17,12 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.training_task import PretrainTask
 from tests.ranks import launch_command
-from tests.tiny_runs import untimed_lines
+from tests.tiny_runs import require_same_checkpoints, untimed_lines
 
 SETTINGS = ("engine.steps=8", "engine.checkpoint_every=2", "engine.keep_checkpoints=2", "probe.every=4")
 LAST = "step-000008"
@@ -98,10 +97,7 @@ def require_same(whole: Path, resumed: Path, num_processes: int, story: str) -> 
         differing = {key for key in line.keys() | other.keys() if line.get(key) != other.get(key)}
         assert differing == set(), (line["step"], story)
     one, other = (run / "checkpoints" / LAST for run in (whole, resumed))
-    for file in ("model.safetensors", "task.safetensors"):
-        tensors, others = load_file(one / file), load_file(other / file)
-        assert tensors.keys() == others.keys()
-        assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == [], (file, story)
+    require_same_checkpoints(whole, resumed, step=int(LAST.removeprefix("step-")))
     states = [torch.load(path / "optimizer.pt", weights_only=True) for path in (one, other)]
     assert states[0]["param_groups"] == states[1]["param_groups"], story
     assert states[0]["state"].keys() == states[1]["state"].keys() != set()

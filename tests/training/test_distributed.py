@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from brainfound.pretraining.objectives import losses
 from brainfound.pretraining.pretrain import pretrain
 from tests.ranks import launch
-from tests.tiny_runs import untimed_lines
+from tests.tiny_runs import require_same_checkpoints, untimed_lines
 
 KILLED_WHILE_SAVING = """
 from brainfound.training import checkpoint
@@ -88,10 +87,7 @@ def environment() -> dict[str, str]:
 
 def require_same_runs(first: Path, second: Path) -> None:
     assert untimed_lines(first) == untimed_lines(second)
-    for file in ("model.safetensors", "task.safetensors"):
-        one, other = (load_file(run / "checkpoints" / "step-000006" / file) for run in (first, second))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
+    require_same_checkpoints(first, second, step=6)
 
 
 def test_a_run_killed_while_saving_resumes_to_the_same_losses_and_weights(finished, store, recipe, tmp_path):

@@ -17,6 +17,7 @@ import pytest
 from brainfound.data.reading.header_geometry import axis_codes
 from brainfound.data.reading.scan import load_scan, read_header
 from brainfound.errors import ScanError
+from tests.damage import truncate
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "PSR", "LIA", "SAR", "ILP"])
@@ -42,15 +43,11 @@ def test_trailing_axis_of_one_is_dropped(write_scan):
     assert load_scan(write_scan("a.nii.gz", np.random.rand(5, 6, 7, 1))).data.shape == (5, 6, 7)
 
 
-def _truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 def _not_an_image(path):
     path.write_bytes(gzip.compress(b"hello" * 100))
 
 
-@pytest.mark.parametrize("break_file", [_truncate, _not_an_image])
+@pytest.mark.parametrize("break_file", [truncate, _not_an_image])
 def test_broken_files_are_refused_in_one_line(write_scan, break_file):
     path = write_scan("a.nii.gz", np.random.rand(20, 20, 20))
     break_file(path)

@@ -1,4 +1,4 @@
-"""How models are run: settled once, written down, without effect on what is learnt."""
+"""How models are run: resolved once, written down, without effect on what is learnt."""
 
 import json
 
