@@ -23,10 +23,10 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real brains beside the repository; the test is skipped where it is absent."""
+    """The folder of real brains: `BRAINFOUND_REAL_DATA`, or one next to the project; skipped where it is absent."""
     folder = Path(os.environ.get("BRAINFOUND_REAL_DATA", REPOSITORY.parent / "shared" / "realdata"))
     if not folder.is_dir():
-        pytest.skip(f"no real data at {folder} (set BRAINFOUND_REAL_DATA)")
+        pytest.skip(f"no folder of real brains at {folder}: set BRAINFOUND_REAL_DATA to one")
     return folder
 
 

@@ -7,9 +7,13 @@ from types import SimpleNamespace
 
 import pandas as pd
 
+from brainfound.data.store.reader import StoreReader
+
 
 class TableStore(SimpleNamespace):
     """The sessions of a store, and what else a test names."""
+
+    contrast_counts = StoreReader.contrast_counts
 
     def __init__(self, sessions: pd.DataFrame, **fields: object) -> None:
         super().__init__(

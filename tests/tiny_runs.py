@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -109,6 +111,14 @@ def recipe():
     return tiny_recipe
 
 
+def tiny_finetuning(engine: dict[str, int] | None = None, **changes: object) -> dict[str, Any]:
+    """The content of a fine-tuning recipe of two steps without evaluation, with some fields changed."""
+    steps = {"steps": 2, "batch_size": 4, "precision": "no", "log_every": 1}
+    parts = {"train": 0.5, "validation": 0.25, "test": 0.25}
+    content = {"num_slices": 4, "head_fit_passes": 0, "evaluate_every": 0, "split": parts, "engine": steps}
+    return {**content, **changes, "engine": {**steps, **(engine or {})}}
+
+
 def log_lines(run: Path, key: str | None = None, file: str = "log.jsonl") -> list[dict]:
     """The lines of a run's log; with a key those that have it."""
     lines = [json.loads(text) for text in (run / file).open()]
@@ -127,6 +137,19 @@ def checkpoint_tensors(run: Path, step: int, file: str = "model.safetensors") ->
 
 def subjects_by_part(run: Path) -> dict[str, set[str]]:
     return {part: set(names) for part, names in Split.load(run / "splits.json").parts().items()}
+
+
+def prefetch_threads() -> list[str]:
+    """The live threads that load ahead."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def require_same_checkpoints(first: Path, second: Path, step: int) -> None:
+    """The same weights and task state at a step, to the last bit."""
+    for file in ("model.safetensors", "task.safetensors"):
+        one, other = (checkpoint_tensors(run, step, file) for run in (first, second))
+        assert one.keys() == other.keys()
+        assert [name for name in one if not torch.equal(one[name], other[name])] == [], file
 
 
 def tiny_model(seed: int = 0) -> BrainFoundModel:

@@ -17,6 +17,7 @@ from brainfound.data.checking.contract import InputContract
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundModel
+from tests.damage import truncate
 
 TASKS = ("classification", "regression", "segmentation")
 LABELS = {"0": "control", "1": "patient"}
@@ -76,7 +77,7 @@ def test_saving_leaves_the_model_and_the_random_numbers_alone(export_folder, pre
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
-def test_an_adapter_is_small_beside_its_base(export_folder, preprocessing, tmp_path, adapted):
+def test_an_adapter_is_small_next_to_its_base(export_folder, preprocessing, tmp_path, adapted):
     folder = save_bundle(tmp_path / "b", adapted(export_folder), preprocessing=preprocessing, labels=LABELS)
     saved = load_file(folder / "adapter_model.safetensors")
     base = load_file(folder / "base" / "model.safetensors")
@@ -243,10 +244,6 @@ def rehash(folder):
     content = json.loads(path.read_text())
     content["files"] = {name: file_hash(folder / name) for name in content["files"]}
     path.write_text(json.dumps(content))
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize(

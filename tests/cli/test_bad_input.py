@@ -11,16 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.damage import truncate
+
 AFFINE = np.diag([3.0, 3.0, 3.0, 1.0])
 COARSE = ("--set", "spacing_mm=[4,4,4]", "--set", "size=[32,32]")
 
 
 def save(path: Path, data: np.ndarray) -> None:
     nib.save(nib.Nifti1Image(data, AFFINE), path)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:900])
 
 
 def write_text(path: Path) -> None:

@@ -100,7 +100,7 @@ def test_the_picture_shows_what_the_model_will_see(cli, cohort, classifier, tmp_
     assert (np.abs(page.astype(int) - (255, 157, 46)).max(axis=-1) == 0).sum() > 50
 
 
-def test_an_old_model_says_that_it_has_no_contract(cli, cohort, tmp_path, small_store):
+def test_a_model_without_an_input_contract_is_reported(cli, cohort, tmp_path, small_store):
     small_store.preprocessing.save(tmp_path)
     answer = cli("check", cohort, "--model", tmp_path)
     assert answer.code == 0

@@ -29,7 +29,7 @@ def aged(error: float, seed: int, rows=range(NUM)) -> pd.DataFrame:
     return pd.DataFrame({"row": rows, "subject_row": rows // 2 * 2, "truth": age, "prediction": guess})
 
 
-def told(strength: float, seed: int) -> pd.DataFrame:
+def classification_cases(strength: float, seed: int) -> pd.DataFrame:
     rows = np.arange(NUM)
     ill = rows % 2
     share = 1 / (1 + np.exp(-strength * (ill - 0.5) - np.random.default_rng(seed).normal(size=NUM)))
@@ -111,7 +111,7 @@ def test_all_pairs_are_corrected_together(cli, three):
 
 def test_two_classes_have_delongs_test(cli, tmp_path):
     runs = [
-        make_run(tmp_path / name, told(strength, k), "classification", "diagnosis")
+        make_run(tmp_path / name, classification_cases(strength, k), "classification", "diagnosis")
         for k, (name, strength) in enumerate({"weak": 0.5, "strong": 4.0}.items())
     ]
     answer = cli("compare", *runs, quiet=False)
@@ -190,7 +190,10 @@ def test_what_cannot_be_compared_is_one_line(cli, three, tmp_path, small_store):
         "no such file or folder": (a, tmp_path / "nowhere"),
         "not the cases of": (a, make_run(tmp_path / "fewer", aged(3, 1).iloc[:-2])),
         "not the truth of": (a, make_run(tmp_path / "older", aged(3, 1).assign(truth=lambda t: t["truth"] + 1))),
-        "another task than": (a, make_run(tmp_path / "told", told(1, 0), "classification", "diagnosis")),
+        "another task than": (
+            a,
+            make_run(tmp_path / "classes", classification_cases(1, 0), "classification", "diagnosis"),
+        ),
         "another target than": (a, make_run(tmp_path / "height", aged(3, 1), column="height_cm")),
         "not a run of fine-tuning": (a, make_run(tmp_path / "pretraining", aged(3, 1), kind="pretrain")),
         "no metric 'auroc' of a regression": (a, b, "--metrics", "auroc"),

@@ -33,7 +33,7 @@ def test_two_adapters_are_compared_and_the_page_is_written_again(
     assert (again.code, (out / "report.md").read_text()) == (0, page)
 
 
-def test_an_evaluation_shows_what_it_was_asked_for(cli, segmenter, small_store):
+def test_an_evaluation_shows_what_was_requested(cli, segmenter, small_store):
     asked = ("--surface-mm", "2", "--empty", "one", "--no-frozen")
     plain, full = (
         json.loads(cli("evaluate", segmenter, "--data", small_store.path, "--json", *options).out)[0]
@@ -51,7 +51,7 @@ def test_an_evaluation_shows_what_it_was_asked_for(cli, segmenter, small_store):
         assert words in refused.line
 
 
-def test_the_frozen_baseline_stands_beside_an_evaluation(cli, small_store, tiny_backbone, tmp_path, monkeypatch):
+def test_the_frozen_baseline_stands_next_to_an_evaluation(cli, small_store, tiny_backbone, tmp_path, monkeypatch):
     monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
     run = tmp_path / "run"
     made = cli(

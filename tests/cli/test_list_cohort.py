@@ -76,7 +76,7 @@ def test_the_summary_counts_and_names_nobody(source):
     assert "ben" not in text
 
 
-def test_rows_are_given_when_asked_for(source):
+def test_rows_are_given_when_requested(source):
     lines = run("list", "cohort", source, "--sessions").splitlines()
     assert lines[-3:] == ["sub-anna  a  FLAIR,T1w  1  40.5  F  mask", "sub-anna  b  T1w  40.5  F", "sub-ben  a  T1w  M"]
 

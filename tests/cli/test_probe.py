@@ -14,7 +14,7 @@ from brainfound.inference.probing import probe
 from brainfound.metrics.embedding_probes import site_probe
 
 
-def test_label_and_site_stand_beside_each_other(cli, classifier, small_store, tmp_path, monkeypatch):
+def test_label_and_site_stand_next_to_each_other(cli, classifier, small_store, tmp_path, monkeypatch):
     arguments = ("probe", classifier, "--data", small_store.path, "--label", "diagnosis", "--slices", 3)
     said = cli(*arguments, "--cache", tmp_path / "kept")
     assert said.code == 0, said.err
@@ -94,13 +94,13 @@ def test_sessions_without_a_label_are_not_probed(classifier, small_store, monkey
         (["--label", "diagnosis", "--site", "scaner"], ["no column 'scaner'"]),
     ],
 )
-def test_what_cannot_be_asked_is_one_line(cli, classifier, small_store, arguments, words):
+def test_what_cannot_be_requested_is_one_line(cli, classifier, small_store, arguments, words):
     said = cli("probe", classifier, "--data", small_store.path, *arguments)
     assert said.code == 2
     assert all(word in said.line for word in words)
 
 
-def test_what_nothing_can_be_asked_of_is_refused_before_the_model_is_read(cli, classifier, small_store, monkeypatch):
+def test_what_answers_no_request_is_refused_before_the_model_is_read(cli, classifier, small_store, monkeypatch):
     monkeypatch.setattr("brainfound.inference.probing.load", None)
     monkeypatch.setattr(
         "brainfound.data.store.Store.covariate", lambda self, name: self.sessions["sex"].str[:0] + "one"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -108,29 +110,54 @@ def test_an_exit_code_counts_even_if_there_is_an_output(tmp_path):
         run_hook(scan, _hook(tmp_path, COPY + "; sys.exit(1)"), tmp_path / "work")
 
 
+CHILD = "import os, sys, time; os.write(os.open(sys.argv[1], os.O_WRONLY), b'started'); time.sleep(60)"
+
+
+def _hanging(tmp_path: Path, **settings) -> tuple[Hook, int]:
+    """A tool whose child writes "started" into a pipe and holds it open; the pipe ends when the child does."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = shlex.join([sys.executable, "-c", CHILD, str(pipe)])
+    (tmp_path / "tool.sh").write_text(f"{command} &\nsleep 60\n")
+    hook = Hook(name="tool", command=f"sh '{tmp_path}/tool.sh' {{input}} {{output}}", **settings)
+    return hook, os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+
+
+def _wait_until(holds: Callable[[], bool], seconds: float = 50) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def _has_ended(pipe: int) -> bool:
+    try:
+        return os.read(pipe, 1) == b""
+    except BlockingIOError:  # held open, and empty
+        return False
+
+
+def _has_started(pipe: int) -> bool:
+    try:
+        return os.read(pipe, 7) == b"started"
+    except BlockingIOError:
+        return False
+
+
 def test_a_hanging_tool_is_ended_with_its_children(tmp_path):
     scan = _scan(tmp_path / "t1.nii.gz")
-    # The child would write a file a while after the tool is ended.
-    child = f"import time; time.sleep(1.2); open({str(tmp_path / 'alive')!r}, 'w')"
-    script = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    start = time.monotonic()
-    with pytest.raises(ScanError, match=r"took too long .*more than 0\.5 s"):
-        run_hook(scan, _hook(tmp_path, script, timeout_s=0.5), tmp_path / "work")
-    assert time.monotonic() - start < 20
-    time.sleep(1.5)
-    assert not (tmp_path / "alive").exists()
+    hook, pipe = _hanging(tmp_path, timeout_s=4)
+    with pytest.raises(ScanError, match=r"took too long .*more than 4 s"):
+        run_hook(scan, hook, tmp_path / "work")
+    assert _has_started(pipe)
+    _wait_until(lambda: _has_ended(pipe))
+    os.close(pipe)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
 def test_a_tool_ends_with_the_process_that_runs_it(tmp_path, kind):
     scan = _scan(tmp_path / "t1.nii.gz")
-    started, alive = tmp_path / "started", tmp_path / "alive"
-    child = f"import time; time.sleep(2); open({str(alive)!r}, 'w')"
-    script = (
-        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); "
-        f"open({str(started)!r}, 'w'); time.sleep(60)"
-    )
-    hook = _hook(tmp_path, script)
+    hook, pipe = _hanging(tmp_path)
     worker = (
         "import sys; from pathlib import Path; from brainfound.data.hooks import Hook; "
         "from brainfound.data.hooks import run_hook; "
@@ -140,14 +167,11 @@ def test_a_tool_ends_with_the_process_that_runs_it(tmp_path, kind):
         [sys.executable, "-c", worker, str(scan), hook.model_dump_json(), str(tmp_path / "work")],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
-    deadline = time.monotonic() + 60
-    while not started.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert started.exists()
+    _wait_until(lambda: _has_started(pipe))
     process.send_signal(kind)
     process.wait(20)
-    time.sleep(2.5)
-    assert not alive.exists()
+    _wait_until(lambda: _has_ended(pipe))
+    os.close(pipe)
 
 
 def test_a_tool_that_cannot_be_started_or_is_ended_by_a_signal(tmp_path):

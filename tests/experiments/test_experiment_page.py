@@ -109,7 +109,7 @@ def test_a_few_shot_curve_is_drawn_over_the_sessions_learnt_from(tmp_path, monke
     assert cells(page, "shots-5")[-2:] == ["40", "10"]
 
 
-def test_absence_in_training_stands_beside_absence_in_the_test(tmp_path):
+def test_absence_in_training_stands_next_to_absence_in_the_test(tmp_path):
     def row(contrasts, absence, mean, drop, trained):
         found = {"contrasts": contrasts, "absence": absence, "score": "mae", "mean": mean, "std_folds": 0.5}
         found |= {"std_seeds": None, "lowest": mean, "highest": mean, "trivial": 7.0, "frozen": 6.0, "num_folds": 2}

@@ -135,7 +135,7 @@ def test_the_bundle_remembers_what_it_may_see(subsets, patchy, small_store, tmp_
     assert [result.without for result in evaluate(run, patchy, partial_input=True)] == [("T2w", "FLAIR")]
 
 
-def test_a_session_with_nothing_that_the_model_reads_is_told(subsets, patchy):
+def test_a_session_with_nothing_that_the_model_reads_is_reported(subsets, patchy):
     predictor = load(subsets / "FLAIR" / "fold-1" / "seed-0")
     with pytest.raises(ScanError, match="no contrast that the model reads"):
         predictor.predict_stack(patchy[0])

@@ -123,7 +123,7 @@ def test_the_seed_is_that_of_the_recipe_unless_others_are_given(small_store, tin
     assert runs == [("single", "seed-7")]
 
 
-def test_a_class_that_cannot_be_learnt_is_told_before_the_first_run(
+def test_a_class_that_cannot_be_learnt_is_reported_before_the_first_run(
     small_store, tiny_backbone, tmp_path, runs, monkeypatch
 ):
     """Of a site left out that alone has a class; every run before it would have been in vain."""
@@ -137,7 +137,7 @@ def test_a_class_that_cannot_be_learnt_is_told_before_the_first_run(
     assert not any((tmp_path / "sites").iterdir()), "the same command can be given again"
 
 
-def test_a_part_without_a_class_is_told(small_store, tmp_path, monkeypatch):
+def test_a_part_without_a_class_is_reported(small_store, tmp_path, monkeypatch):
     monkeypatch.setitem(small_store.sessions, "site", ["A"] * 6 + ["B"] * 6)
     monkeypatch.setitem(small_store.sessions, "diagnosis", ["x", "y"] * 3 + ["x"] * 6)
     recipe, told = validate(FinetuneRecipe, TINY, ["split.stratify=false"]), []

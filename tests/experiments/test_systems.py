@@ -34,7 +34,7 @@ def test_what_differs_is_in_the_name():
         (["a/x"], [""], "missing"),
     ],
 )
-def test_what_cannot_be_told_apart_is_refused(models, adapters, says):
+def test_what_cannot_be_distinguished_is_refused(models, adapters, says):
     with pytest.raises(UsageError, match=says):
         parse_systems(models, adapters)
 

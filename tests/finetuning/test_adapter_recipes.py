@@ -13,14 +13,9 @@ from brainfound.adapters import AdapterRecipe, load_adapters, load_bundle
 from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.recipes import available, load, validate
+from tests.tiny_runs import tiny_finetuning
 
-TINY = {
-    "num_slices": 4,
-    "head_fit_passes": 0,
-    "evaluate_every": 0,
-    "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
-    "engine": {"steps": 2, "batch_size": 2, "precision": "no", "log_every": 1, "checkpoint_every": 2},
-}
+TINY = tiny_finetuning(engine={"batch_size": 2, "checkpoint_every": 2})
 
 
 def run_with(adapter, store, backbone, out, *overrides, **options):

@@ -75,7 +75,7 @@ def test_sessions_of_a_subject_are_one_case():
     assert with_confidence(0.9).fit_calibration(thrice.cases).interval is None
 
 
-def test_what_is_too_small_is_left_out_and_said():
+def test_what_is_too_small_is_left_out_and_reported():
     few = ages(3, 0)
     few.cases["prediction"] = 50.0
     fitted = AGES.fit_calibration(few.cases)

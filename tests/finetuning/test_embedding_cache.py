@@ -15,19 +15,16 @@ from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.models import BrainFoundForRegression, BrainFoundModel
 from brainfound.recipes import validate
-from tests.tiny_runs import log_lines
+from tests.tiny_runs import log_lines, tiny_finetuning
 
-TINY = {
-    "name": "tiny",
-    "adapter": "head-only",
-    "cached_embeddings": True,
-    "num_slices": 4,
-    "head_fit_passes": 1,
-    "frozen_baseline": False,
-    "evaluate_every": 0,
-    "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
-    "engine": {"steps": 4, "batch_size": 4, "precision": "no", "log_every": 1, "checkpoint_every": 4},
-}
+TINY = tiny_finetuning(
+    engine={"steps": 4, "checkpoint_every": 4},
+    name="tiny",
+    adapter="head-only",
+    cached_embeddings=True,
+    head_fit_passes=1,
+    frozen_baseline=False,
+)
 
 
 @pytest.fixture
@@ -118,7 +115,7 @@ def test_other_features_of_a_slice_are_kept_as_the_model_gives_them(tiny_backbon
     torch.testing.assert_close(torch.from_numpy(cache.slices(1)), expected)
 
 
-def test_a_damaged_cache_is_told_of(network, small_store, tmp_path):
+def test_a_damaged_cache_is_reported(network, small_store, tmp_path):
     path = EmbeddingCache(network, small_store, tmp_path, 3).path
     (path / "embeddings.npy").write_bytes((path / "embeddings.npy").read_bytes()[:200])
     with pytest.raises(TrainingError, match="cannot be used"):

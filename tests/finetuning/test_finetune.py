@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,19 +32,10 @@ from brainfound.finetuning.volumes import VolumeReader
 from brainfound.inference.evaluation import evaluate
 from brainfound.models.stack_prediction import unwrap_peft
 from brainfound.recipes import validate
-from tests.tiny_runs import log_lines, subjects_by_part
+from tests.ranks import launch
+from tests.tiny_runs import log_lines, subjects_by_part, tiny_finetuning
 
-LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
-
-TINY = {
-    "name": "tiny",
-    "num_slices": 4,
-    "head_fit_passes": 0,
-    "frozen_baseline": False,
-    "evaluate_every": 3,
-    "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
-    "engine": {"steps": 3, "batch_size": 4, "precision": "no", "log_every": 1, "checkpoint_every": 3},
-}
+TINY = tiny_finetuning(engine={"steps": 3, "checkpoint_every": 3}, name="tiny", frozen_baseline=False, evaluate_every=3)
 COLUMNS = {"classification": "diagnosis", "regression": "age_years", "segmentation": "mask"}
 OWN = {
     "diagnosis": "aggregator=max",
@@ -181,7 +169,7 @@ def test_a_stem_may_be_chosen_and_blocks_computed_again(
     assert (model.config.stem, model.config.aggregator) == (stem, "mean" if column == "mask" else "max")
 
 
-def test_what_the_validation_part_calibrates_stands_beside_the_scores(small_store, tiny_backbone, tmp_path):
+def test_what_the_validation_part_calibrates_stands_next_to_the_scores(small_store, tiny_backbone, tmp_path):
     recipe = tiny("task=regression", "task.head=bins", "task.bins=12", "task.interval_confidence=0.5")
     run = finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / "run", quiet=True)
     scores = json.loads((run / "scores.json").read_text())
@@ -288,7 +276,7 @@ def test_lora_leaves_the_base_as_it_was(six_steps, tiny_backbone):
     assert all(value.abs().max() > 0 for value in updates)
 
 
-def test_card_beside_the_weights_names_the_scores(six_steps, tiny_backbone):
+def test_card_next_to_the_weights_names_the_scores(six_steps, tiny_backbone):
     card = (six_steps / "export" / "README.md").read_text()
     scores = json.loads((six_steps / "scores.json").read_text())
     mae = next(line for line in card.splitlines() if line.startswith("| mae |"))
@@ -298,7 +286,7 @@ def test_card_beside_the_weights_names_the_scores(six_steps, tiny_backbone):
     assert "frozen baseline" in card
     assert f"{scores['frozen']['mae']:.4g}" in mae
     assert "train 6 sessions of 6 subjects" in card
-    assert f"| Data hash | {scores_hash(six_steps)}" in card
+    assert f"| Data hash | {data_hash_of_split(six_steps)}" in card
     assert str(tiny_backbone.parent) not in card
     assert "load_bundle" in card
     assert "not a medical device" in card
@@ -345,7 +333,7 @@ def test_card_names_device_and_slices(six_steps, small_store):
     assert pearson.split(" | ")[2] == "undefined"
 
 
-def scores_hash(run: Path) -> str:
+def data_hash_of_split(run: Path) -> str:
     return Split.load(run / "splits.json").data_hash
 
 
@@ -415,7 +403,7 @@ def test_another_run_learns_and_tests_on_the_same_subjects(six_steps, small_stor
         )  # fmt: skip
 
 
-def test_doors(six_steps, small_store, tiny_backbone, tmp_path):
+def test_what_cannot_start_or_resume_is_refused(six_steps, small_store, tiny_backbone, tmp_path):
     def start(column="age_years", *overrides, out=tmp_path / "new", **options):
         finetune(tiny(*overrides), small_store, tiny_backbone, column, out, quiet=True, **options)
 
@@ -482,13 +470,8 @@ def test_two_ranks_train_together(small_store, tiny_backbone, tmp_path):
         "import sys, torch\ntorch.set_num_threads(1)\nfrom brainfound.finetuning.finetune import finetune\n"
         "finetune(*sys.argv[1:4], 'diagnosis', sys.argv[4], quiet=True)\n"
     )
-    port = 20_000 + os.getpid() % 20_000
-    options = ["--config_file", LAUNCH_FILE, "--main_process_port", port]
-    arguments = [tmp_path / "run.py", tmp_path / "tiny.yaml", small_store.path, tiny_backbone, tmp_path / "run"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, timeout=240)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    arguments = [tmp_path / "tiny.yaml", small_store.path, tiny_backbone, tmp_path / "run"]
+    launch(tmp_path / "run.py", *arguments, HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="true")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2
     assert [line["step"] for line in log_lines(tmp_path / "run", "loss")] == [1, 2, 3]
     load_bundle(tmp_path / "run" / "export")

@@ -21,15 +21,11 @@ from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.registry import segmentation_case_scores
 from brainfound.models.stack_prediction import StackPrediction, infer
 from brainfound.recipes import validate
+from tests.tiny_runs import tiny_finetuning
 
-TINY = {
-    "num_slices": 4,
-    "task": {"kind": "segmentation", "decoder_width": 8},
-    "frozen_baseline": False,
-    "evaluate_every": 2,
-    "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
-    "engine": {"steps": 2, "batch_size": 4, "precision": "no", "log_every": 1},
-}
+TINY = tiny_finetuning(
+    task={"kind": "segmentation", "decoder_width": 8}, head_fit_passes=4, frozen_baseline=False, evaluate_every=2
+)
 
 
 def test_overlapping_labels_from_recipe_to_files(small_store, tiny_backbone, tmp_path):
@@ -128,7 +124,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(small_store, tiny
 SURFACES = {"surface_dice", "hd95_mm", "lesion_f1", "volume_error_mm3"}
 
 
-def test_surfaces_and_empty_masks_are_scored_where_they_are_asked_for(small_store, tiny_backbone, tmp_path):
+def test_surfaces_and_empty_masks_are_scored_where_they_are_requested(small_store, tiny_backbone, tmp_path):
     overrides = ["task.scoring.surface_mm=2", "task.scoring.empty=one", "frozen_baseline=true", "evaluate_every=0"]
     run = finetune(
         validate(FinetuneRecipe, TINY, overrides), small_store, tiny_backbone, "mask", tmp_path / "run", quiet=True

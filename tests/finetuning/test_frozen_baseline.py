@@ -32,14 +32,9 @@ from brainfound.finetuning.tasks import from_dict, resolve
 from brainfound.inference.evaluation import evaluate
 from brainfound.models import BrainFoundForSegmentation, BrainFoundModel
 from brainfound.recipes import validate
+from tests.tiny_runs import tiny_finetuning
 
-TINY = {
-    "num_slices": 4,
-    "head_fit_passes": 0,
-    "evaluate_every": 0,
-    "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
-    "engine": {"steps": 1, "batch_size": 4, "precision": "no", "log_every": 1},
-}
+TINY = tiny_finetuning(engine={"steps": 1})
 PARTS = {"train": np.arange(8), "test": np.arange(8, 12)}
 
 
@@ -159,7 +154,7 @@ def test_a_bundle_answers_for_its_baseline_as_the_run_did(
     assert without.scores == pytest.approx(again.scores, nan_ok=True)
 
 
-def test_a_baseline_whose_backbone_is_gone_or_that_was_not_asked_for_is_said(small_store, tiny_backbone, tmp_path):
+def test_a_baseline_whose_backbone_is_gone_or_that_was_not_requested_is_reported(small_store, tiny_backbone, tmp_path):
     for name, override, words in (
         ("full", "adapter=full", "all weights were trained"),
         ("off", "frozen_baseline=false", "Fine-tune with frozen_baseline=true"),
@@ -235,7 +230,7 @@ def test_a_backbone_without_finite_embeddings_is_refused_in_one_line(small_store
         assert "\n" not in str(refused.value)
 
 
-def test_patches_of_the_structure_are_told_from_the_rest(small_store, tiny_backbone, tmp_path):
+def test_patches_of_the_structure_are_distinguished_from_the_rest(small_store, tiny_backbone, tmp_path):
     """A linear model of a random backbone finds the bright ball better than a baseline that marks the whole head."""
     scores = read_scores(run(small_store, tiny_backbone, "mask", tmp_path / "run", "num_slices=12"))
     assert scores["frozen"]["dice"] > scores["trivial"]["dice"] + 0.1

@@ -44,7 +44,7 @@ def test_where_the_training_part_is_not_remembered_no_baseline_is_made_up(small_
     assert scored.to_dict()["trivial"]["auroc"] is None
 
 
-def test_codes_that_were_not_learnt_are_said(small_store):
+def test_codes_that_were_not_learnt_are_reported(small_store):
     """The lesions of six sessions, three of which have any, have the code 1; the model learnt 3."""
     mask = small_store[SESSIONS[0]].mask
     answer = StackPrediction(classes=np.zeros(mask.shape, dtype=np.uint8))

@@ -156,7 +156,7 @@ def test_new_divisions_keep_subjects_with_one_image_together(table_store):
         make_split(table_store, seed=1, **wishes)  # proves it, or raises
 
 
-def test_what_is_left_out_is_told(table_store, tmp_path):
+def test_what_is_left_out_is_reported(table_store, tmp_path):
     split = make_split(table_store, seed=1)
     split.save(tmp_path / "split.json")
     names = sorted(set(table_store.sessions["subject"]))

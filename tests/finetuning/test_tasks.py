@@ -125,7 +125,7 @@ def test_regression_of_words_or_of_a_constant_is_refused(sessions):
 CLASSES = Segmentation("mask", names=("background", "label 3", "label 9"), codes=(0, 3, 9))
 
 
-def test_a_word_among_numbers_is_told_in_any_part(sessions):
+def test_a_word_among_numbers_is_reported_in_any_part(sessions):
     store = sessions(size=["1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "unknown"])
     target = resolve(store, list(range(6)), "size", "regression")
     assert target.values(store, [6, 7]).tolist() == [7.0, 8.0]

@@ -13,6 +13,7 @@ from brainfound.errors import ModelError, ScanError
 from brainfound.inference import predictor as predictor_module
 from brainfound.inference.cohort import predict
 from brainfound.inference.predictor import Predictor
+from tests.tiny_runs import prefetch_threads
 
 NUM_SESSIONS = 5
 LONG = 60
@@ -30,10 +31,6 @@ def cohort(source, tmp_path_factory) -> Cohort:
         (folder / f"{name}.nii.gz").write_bytes(b"not an image")
     table.to_csv(folder / "manifest.tsv", sep="\t", index=False)
     return Cohort.read(folder)
-
-
-def prefetching() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def bytes_of(folder) -> dict[str, bytes]:
@@ -57,7 +54,7 @@ def test_the_answers_are_those_of_one_session_after_the_other(segmenter, predict
         assert [outcome.subject for outcome in outcomes if outcome.result is None] == ["s01"]
         assert [bool(o.result and o.result.rejected) for o in outcomes] == [False, False, False, True, False]
         assert all(o.result.image is o.result.probability is None for o in outcomes if o.result)
-    assert prefetching() == []
+    assert prefetch_threads() == []
 
 
 def test_the_next_session_is_prepared_while_the_model_works(predictor, cohort, monkeypatch):
@@ -103,7 +100,7 @@ def test_an_interrupt_ends_the_thread_and_keeps_what_is_done(predictor, cohort, 
     monkeypatch.setattr(predictor_module, "infer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         predict(predictor, cohort, tmp_path)
-    assert prefetching() == []
+    assert prefetch_threads() == []
     assert sorted(bytes_of(tmp_path)) == ["s00_ses-1.json"]
     monkeypatch.setattr(predictor_module, "infer", infer)
     again = predict(predictor, cohort, tmp_path)
@@ -132,7 +129,7 @@ def test_a_fault_of_the_program_is_not_hidden(predictor, cohort, monkeypatch):
     monkeypatch.setattr(Predictor, "prepare", broken)
     with pytest.raises(ZeroDivisionError):
         predict(predictor, cohort)
-    assert prefetching() == []
+    assert prefetch_threads() == []
 
 
 def test_with_hooks_nothing_is_prepared_ahead(predictor, cohort, monkeypatch):

@@ -18,6 +18,7 @@ from brainfound.finetuning.tasks import Classification, Regression, Segmentation
 from brainfound.inference.loading import load
 from brainfound.inference.segmentation import SegmentationOptions
 from brainfound.models import BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation
+from tests.damage import truncate
 
 TARGETS = {
     "age": Regression("age_years", mean=50.0, std=10.0),
@@ -165,8 +166,7 @@ def without_a_file(folder):
 
 
 def truncated(folder):
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+    truncate(folder / "adapter_model.safetensors")
 
 
 def not_json(folder):
@@ -233,7 +233,7 @@ def test_a_contrast_that_training_never_saw(without_flair, source):
 
 
 def test_what_is_not_known_is_not_refused(small_store, encoder_export, source, tmp_path):
-    """Bundles of before have no contract; stores without a table of scans have an empty one."""
+    """A bundle may have no contract; that of a store without a table of scans is empty."""
     unmeasured = InputContract.of(small_store).model_copy(update={"coarsest_mm": {}})
     for options in ({}, {"contract": unmeasured}):
         model = load(bundle_of(tmp_path / f"b{len(options)}", "sex", small_store, encoder_export, **options))

@@ -47,7 +47,7 @@ def test_names_and_keywords_say_the_contrast(predictor, source, tmp_path):
     assert swapped.answer != by_name.answer
 
 
-def test_a_missing_contrast_is_said(predictor, source):
+def test_a_missing_contrast_is_reported(predictor, source):
     full, part = predictor.predict(*scans(source).values()), predictor.predict(FLAIR=scans(source)["FLAIR"])
     assert part.contrasts == ("FLAIR",)
     assert part.missing == ("T1w", "T2w")
@@ -79,7 +79,7 @@ def test_a_model_that_never_learnt_without_a_contrast_says_so(small_store, tiny_
     assert scored.to_dict().get("notes", []) == list(scored.notes)
 
 
-def test_what_cannot_be_asked(predictor, source, tmp_path):
+def test_what_cannot_be_requested(predictor, source, tmp_path):
     files = scans(source)
     odd = shutil.copy(files["T1w"], tmp_path / "scan.nii.gz")
     with pytest.raises(UsageError, match="was not trained with SWI"):

@@ -135,7 +135,7 @@ def test_one_class_has_one_probability(segmenter, source, tmp_path):
     ]
 
 
-def test_averaging_is_done_and_said(segmenter, small_store):
+def test_averaging_is_done_and_reported(segmenter, small_store):
     stack = small_store[0]
     plain = segmenter.predict_stack(stack)
     assert "averaged" not in plain.answer

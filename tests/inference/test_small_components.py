@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
-from itertools import product
-
 import numpy as np
 import pytest
 
 from brainfound.inference.segmentation import without_small_components
-
-
-def flood(labels):
-    """The pieces of every code, by an own search: lists of voxels."""
-    left, pieces = set(map(tuple, np.argwhere(labels))), []
-    while left:
-        start = left.pop()
-        piece, queue = [start], deque([start])
-        while queue:
-            here = queue.popleft()
-            for step in product((-1, 0, 1), repeat=3):
-                there = tuple(np.add(here, step))
-                if there in left and labels[there] == labels[start]:
-                    left.remove(there)
-                    piece.append(there)
-                    queue.append(there)
-        pieces.append(piece)
-    return pieces
+from tests.flood_fill import flood_fill
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
@@ -36,10 +16,11 @@ def test_against_a_search_of_its_own(dtype, min_volume_mm3):
     labels = rng.choice([0, 0, 0, 0, 0, 0, 2, 7], (9, 10, 8)).astype(dtype)
     before = labels.copy()
     expected, lost = labels.copy(), {2: 0, 7: 0}
-    for piece in flood(labels):
-        if len(piece) * 2.0 < min_volume_mm3:
-            lost[int(labels[piece[0]])] += 1
-            expected[tuple(np.transpose(piece))] = 0
+    for code in lost:
+        for piece in flood_fill(labels == code, reach=3):
+            if len(piece) * 2.0 < min_volume_mm3:
+                lost[code] += 1
+                expected[tuple(np.transpose(list(piece)))] = 0
     kept, removed = without_small_components(labels, 2.0, min_volume_mm3)
     np.testing.assert_array_equal(kept, expected)
     assert removed == lost
@@ -63,7 +44,7 @@ def test_volume_counts_and_not_voxels():
         (12.2, []),
     ):
         kept, removed = without_small_components(labels, voxel_mm3, min_volume_mm3)
-        assert sorted(len(piece) for piece in flood(kept)) == sizes
+        assert sorted(len(piece) for piece in flood_fill(kept > 0, reach=3)) == sizes
         assert removed == {1: 3 - len(sizes)}
 
 

@@ -20,7 +20,7 @@ def cohort(num=60, width=8):
     return subjects, site, ill, np.random.default_rng(0).normal(size=(num, width))
 
 
-def test_the_site_is_told_from_embeddings_that_hold_it_and_the_label_is_not():
+def test_the_site_is_predicted_from_embeddings_that_hold_it_and_the_label_is_not():
     subjects, site, ill, noise = cohort()
     scanner = noise + 8 * (site[:, None] == np.unique(site)) @ np.eye(3, 8)
     found = site_probe(scanner, site, ill, subjects, seed=0, num_resamples=200)

@@ -15,6 +15,7 @@ from sklearn import metrics as sk
 
 from brainfound.errors import UsageError
 from brainfound.metrics.segmentation import dice, hd95, lesion_f1, relative_volume_error, surface_dice, volume_error_mm3
+from tests.flood_fill import flood_fill
 
 _MASK_SHAPES = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=6)
 _MASK_PAIRS = _MASK_SHAPES.flatmap(lambda shape: st.tuples(hnp.arrays(bool, shape), hnp.arrays(bool, shape)))
@@ -38,22 +39,6 @@ def _brute_force_distances(prediction, reference, spacing_mm):
     p, r = surface(prediction), surface(reference)
     distances = np.linalg.norm(p[:, None] - r[None], axis=-1)
     return distances.min(1), distances.min(0)
-
-
-def _flood_fill(mask, reach):
-    """Components as sets of voxels; neighbours differ along at most `reach` axes."""
-    steps = [s for s in itertools.product((-1, 0, 1), repeat=mask.ndim) if 0 < np.count_nonzero(s) <= reach]
-    left, components = set(map(tuple, np.argwhere(mask).tolist())), []
-    while left:
-        component, edge = set(), [left.pop()]
-        while edge:
-            voxel = edge.pop()
-            component.add(voxel)
-            neighbours = {tuple(v + d for v, d in zip(voxel, step, strict=True)) for step in steps} & left
-            left -= neighbours
-            edge += neighbours
-        components.append(component)
-    return components
 
 
 @settings(max_examples=60, deadline=None)
@@ -226,12 +211,12 @@ def test_surface_metrics_are_those_of_monai(masks, data):
 
 @settings(max_examples=80, deadline=None)
 @given(_MASK_PAIRS, st.sampled_from(["faces", "corners"]))
-def test_lesion_f1_against_flood_fill(masks, touching):
+def test_lesion_f1_againstflood_fill(masks, touching):
     prediction, reference = masks
     if not prediction.any() and not reference.any():
         return
     reach = 1 if touching == "faces" else prediction.ndim
-    of_prediction, of_reference = _flood_fill(prediction, reach), _flood_fill(reference, reach)
+    of_prediction, of_reference = flood_fill(prediction, reach), flood_fill(reference, reach)
     found = sum(any(prediction[voxel] for voxel in lesion) for lesion in of_reference)
     false = sum(not any(reference[voxel] for voxel in lesion) for lesion in of_prediction)
     expected = found / (found + (false + len(of_reference) - found) / 2)

@@ -108,7 +108,7 @@ def test_a_case_without_the_structure_counts_by_a_convention_that_is_named(empty
         segmentation_case_scores(nothing, nothing, empty="on")
 
 
-def test_the_tolerance_of_surfaces_is_the_one_that_is_asked_for():
+def test_the_tolerance_of_surfaces_is_the_one_that_is_requested():
     reference = np.zeros((1, 9, 9), dtype=int)
     reference[0, 2:5, 2:5] = 1
     moved = np.roll(reference, 1, axis=1)

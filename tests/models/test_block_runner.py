@@ -79,7 +79,7 @@ def test_two_passes_under_autocast_may_be_computed_again(kept):
         torch.testing.assert_close(again[name], value, rtol=0.05, atol=0.05 * value.abs().max().item(), msg=name)
 
 
-def test_what_is_kept_is_what_was_asked_for():
+def test_what_is_kept_is_what_was_requested():
     """Bytes that the backward pass holds on to, and how many matrix products it repeats."""
     vit = encoder(hidden_size=64).train()
     tokens = vit.embed(pixels(LARGE)).detach().requires_grad_()

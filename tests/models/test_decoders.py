@@ -167,7 +167,7 @@ def test_a_saved_decoder_comes_back_the_same(backbone_folder, tmp_path, decoder)
     assert torch.equal(scores(BrainFoundForSegmentation.from_pretrained(tmp_path), pixels), scores(model, pixels))
 
 
-def test_a_configuration_of_before_means_what_it_meant():
+def test_fields_that_a_configuration_does_not_name_have_their_defaults():
     old = BrainFoundConfig().to_dict()
     for field in (
         "overlapping_labels",

@@ -151,7 +151,7 @@ def test_wrong_shapes_are_named(backbone_folder, shape, told):
     assert "\n" not in str(error.value)
 
 
-def test_gradients_are_finite_beside_absent_nan(backbone_folder):
+def test_gradients_are_finite_next_to_absent_nan(backbone_folder):
     model = BrainFoundModel.from_backbone(backbone_folder).train()
     pixels = torch.rand(1, 2, 3, 16, 16)
     pixels[:, :, 1] = float("nan")
@@ -160,19 +160,6 @@ def test_gradients_are_finite_beside_absent_nan(backbone_folder):
     assert len(gradients) > 30
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert model.encoder.backbone.embeddings.patch_embeddings.contrast_embedding.weight.grad[1].abs().sum() == 0
-
-
-def test_gradient_checkpointing_changes_no_gradient(backbone_folder):
-    pixels = torch.rand(1, 3, 3, 16, 16)
-    gradients = []
-    for checkpointing in (False, True):
-        model = BrainFoundModel.from_backbone(backbone_folder).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-            assert model.encoder.blocks[0].gradient_checkpointing
-        model(pixels).volume_embedding.square().sum().backward()
-        gradients.append(model.encoder.blocks[0].attention.q_proj.weight.grad)
-    torch.testing.assert_close(*gradients)
 
 
 def test_an_encoder_is_built_from_a_configuration_alone(backbone_folder):
@@ -193,7 +180,7 @@ def patches_of(encoder, pixels, contrast_mask=None):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_the_attention_kernel_is_the_one_asked_for(backbone_folder, attention):
+def test_the_attention_kernel_is_the_one_requested(backbone_folder, attention):
     model = BrainFoundModel.from_backbone(backbone_folder, attn_implementation=attention)
     assert model.encoder.blocks[0].attention.config._attn_implementation == attention
     assert BrainFoundModel.from_backbone(backbone_folder).encoder.backbone.config._attn_implementation == "sdpa"

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 
 import huggingface_hub
 import pytest
@@ -39,6 +38,7 @@ from brainfound.models.aggregators import AGGREGATORS
 from brainfound.models.decoders import DECODERS
 from brainfound.models.loading import is_brainfound, load_initial_model, read_history
 from brainfound.models.model_folder import require_finite, silence_transformers
+from tests.damage import truncate
 
 HEADS = (BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation)
 
@@ -125,7 +125,7 @@ def test_the_body_of_a_head_model_loads_alone(backbone_folder, tmp_path):
     assert_equal_answers(model.brainfound, BrainFoundModel.from_pretrained(tmp_path))
 
 
-def test_another_aggregator_may_be_asked_for(backbone_folder, tmp_path):
+def test_another_aggregator_may_be_requested(backbone_folder, tmp_path):
     BrainFoundModel.from_backbone(backbone_folder, aggregator="mean").save_pretrained(tmp_path)
     model = BrainFoundModel.from_pretrained(tmp_path, aggregator="transformer")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
@@ -145,7 +145,7 @@ def test_new_parts_start_the_same_way_loaded_or_built(backbone_folder, tmp_path)
         assert torch.equal(smoothing[1].weight, torch.ones(16))
 
 
-def test_weights_are_float32_unless_asked(backbone_folder, tmp_path):
+def test_weights_are_float32_unless_requested(backbone_folder, tmp_path):
     BrainFoundModel.from_backbone(backbone_folder).to(torch.bfloat16).save_pretrained(tmp_path)
     assert BrainFoundModel.from_pretrained(tmp_path).dtype == torch.float32
     assert BrainFoundModel.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
@@ -284,10 +284,8 @@ def test_a_hub_that_is_away_is_one_line_without_retries(monkeypatch, read):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
     monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
     monkeypatch.setattr("brainfound.hub._last_answer", ("", 0.0, False))
-    start = time.monotonic()
     with pytest.raises(ModelError, match="no answer from https://hub.invalid"):
         read("nobody/nothing-of-this-name")
-    assert time.monotonic() - start < 5
     assert requests == ["https://hub.invalid"]
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 
@@ -298,8 +296,7 @@ def pickled(folder):
 
 
 def truncated(folder):
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    truncate(folder / "model.safetensors")
 
 
 def not_json(folder):
@@ -337,7 +334,7 @@ def test_a_folder_that_does_not_exist_is_one_line(tmp_path, load):
             load(name)
 
 
-def test_pickles_cannot_be_asked_for(backbone_folder, tmp_path):
+def test_pickles_cannot_be_requested(backbone_folder, tmp_path):
     BrainFoundModel.from_backbone(backbone_folder).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="pickled"):
         BrainFoundModel.from_pretrained(tmp_path, use_safetensors=False)
@@ -470,7 +467,7 @@ def test_auto_classes_refuse_other_answers_too(backbone_folder, tmp_path):
     assert weighted.config.class_weights == [1.0, 3.0]
 
 
-def test_an_adapter_by_itself_is_said_to_be_one(tmp_path):
+def test_an_adapter_by_itself_is_named_as_one(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="an adapter without the model"):
         BrainFoundForClassification.from_pretrained(tmp_path)

@@ -52,20 +52,6 @@ def test_padding_never_changes_a_volume_embedding(backbone_folder, aggregator):
         assert torch.equal(slice_embeddings, answers[0][1])
 
 
-def test_padding_never_changes_a_segmentation(backbone_folder):
-    model = BrainFoundForSegmentation.from_backbone(backbone_folder, decoder_slice_mixing=True, decoder_width=8)
-    with torch.no_grad():
-        model.decoder.slice_mixing.weight.normal_()
-    pixels, positions = torch.rand(2, 4, 3, 16, 16), torch.zeros(2, 4)
-    logits = []
-    for num_more, content in ((0, 0.0), (5, float("nan"))):
-        padded_pixels, mask, _ = padded(pixels, positions, num_more, content)
-        output = answer(model, padded_pixels, slice_mask=mask)
-        assert not output[~mask].any()
-        logits.append(output[mask])
-    assert torch.equal(*logits)
-
-
 def test_chunks_change_nothing(backbone_folder):
     pixels = torch.rand(2, 5, 3, 16, 16)
     mask = torch.tensor([[True] * 5, [True, True, False, True, False]])
@@ -172,11 +158,6 @@ def test_choices_that_do_not_exist_are_refused(backbone_folder, field, value, to
 def test_unknown_configuration_arguments_are_refused(backbone_folder):
     with pytest.raises(UsageError, match="Did you mean aggregator"):
         BrainFoundModel.from_backbone(backbone_folder, agregator="mean")
-
-
-def test_only_supported_families_have_a_configuration():
-    with pytest.raises(ModelError, match="dinov2, dinov2_with_registers"):
-        BrainFoundConfig(backbone_config={"model_type": "vit"})
 
 
 @pytest.mark.parametrize(

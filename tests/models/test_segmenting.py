@@ -48,7 +48,7 @@ def mirrored(array):
     return np.ascontiguousarray(array[..., ::-1])
 
 
-def test_readings_are_off_unless_asked_for(model, pixels):
+def test_readings_are_off_unless_requested(model, pixels):
     assert InferenceAugmentation().variants(8) == [FlipAndShift()]
     assert [
         len(InferenceAugmentation(flips, overlap).variants(8)) for flips in (False, True) for overlap in (False, True)
@@ -136,7 +136,7 @@ def test_overlap_is_the_mean_over_four_patch_grids(model, pixels):
         ({"decoder_slice_mixing": True, "stem": "slices"}, [4, 5, 3]),
     ],
 )
-def test_slices_beside_a_chunk_are_read_with_it(pixels, changes, lengths):
+def test_slices_next_to_a_chunk_are_read_with_it(pixels, changes, lengths):
     read = []
     model = PixelByPixel()
     model.register_forward_pre_hook(

@@ -71,7 +71,7 @@ def test_segmentation_slices_keep_their_order(backbone_folder, stack):
     assert not np.allclose(every[6], every[5], atol=1e-4)
 
 
-def test_the_read_slices_are_said_and_their_embeddings_are_in_order(backbone_folder, stack):
+def test_the_read_slices_are_reported_and_their_embeddings_are_in_order(backbone_folder, stack):
     model = build(BrainFoundModel, backbone_folder, aggregator="attention")
     some, every = infer(model, stack, 3), infer(model, stack)
     assert some.slices.tolist() == evenly_spaced_slices(9, 3).tolist() == [1, 4, 7]

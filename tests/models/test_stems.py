@@ -3,7 +3,6 @@
 from itertools import pairwise
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -396,7 +395,7 @@ def test_equal_neighbours_look_like_one_slice_to_the_model_before(backbone_folde
 
 
 @pytest.mark.parametrize("load", [BrainFoundModel.from_pretrained, AutoModel.from_pretrained])
-def test_the_other_stem_may_be_asked_for_by_a_configuration(backbone_folder, tmp_path, load):
+def test_the_other_stem_may_be_requested_by_a_configuration(backbone_folder, tmp_path, load):
     """As a bundle does, whose base is a model of another stem."""
     saved = build(backbone_folder, "channels")
     saved.save_pretrained(tmp_path)

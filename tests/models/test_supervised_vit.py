@@ -132,12 +132,24 @@ def rewrite(folder, change):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_the_names_of_hub_files_are_read(tmp_path):
-    """Files of before transformers 5 call the projections `attention.attention.query` and so on."""
+def test_each_tensor_of_a_hub_file_lands_in_its_place(tmp_path):
+    """Hub files are named as before transformers 5; each of a layer's tensors becomes the one of the same meaning."""
     folder = write_vit(tmp_path / "vit")
-    names = list(load_file(folder / "model.safetensors"))
-    assert "vit.encoder.layer.0.attention.attention.query.weight" in names
-    assert "vit.encoder.layer.2.intermediate.dense.bias" in names
+    saved = load_file(folder / "model.safetensors")
+    own = BrainFoundModel.from_backbone(folder).encoder.backbone.encoder.layer[2].state_dict()
+    places = {
+        "attention.attention.query": "attention.q_proj",
+        "attention.attention.key": "attention.k_proj",
+        "attention.attention.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj",
+        "layernorm_before": "norm1",
+        "layernorm_after": "norm2",
+        "intermediate.dense": "mlp.fc1",
+        "output.dense": "mlp.fc2",
+    }
+    for theirs, ours in places.items():
+        for kind in ("weight", "bias"):
+            assert torch.equal(own[f"{ours}.{kind}"], saved[f"vit.encoder.layer.2.{theirs}.{kind}"]), ours
 
 
 def test_missing_weights_are_refused_by_name(tmp_path):
@@ -172,7 +184,7 @@ def test_what_dinov2_cannot_compute_is_refused_in_one_line(tmp_path, changes, fi
     assert "\n" not in str(error.value)
 
 
-def test_dropout_of_attention_is_said_and_left_out_so_that_it_can_be_trained(tmp_path):
+def test_dropout_of_attention_is_reported_and_left_out_so_that_it_can_be_trained(tmp_path):
     folder = write_vit(tmp_path / "vit", attention_probs_dropout_prob=0.1)
     with pytest.warns(UserWarning, match=r"attention_probs_dropout_prob 0\.1 is taken as 0"):
         encoder = BrainFoundModel.from_backbone(folder, image_mean=0.0, image_std=1.0).encoder
@@ -224,7 +236,7 @@ def test_what_the_caller_says_goes_before_the_preprocessor(tmp_path):
     assert (model.config.image_mean, model.config.image_std) == (0.1, pytest.approx(0.3))
 
 
-def test_the_preprocessor_of_a_hub_id_is_asked_for(tmp_path, monkeypatch):
+def test_the_preprocessor_of_a_hub_id_is_requested(tmp_path, monkeypatch):
     """Its preprocessor, the values of the family if it has none, and a warning if it is out of reach."""
     folder = write_vit(tmp_path / "vit")
     write_preprocessor(folder, image_mean=[0.4] * 3, image_std=[0.3] * 3)
@@ -280,6 +292,6 @@ def test_it_is_saved_and_comes_back_as_a_brainfound_model(tmp_path, num_contrast
     assert str(tmp_path) not in (tmp_path / "saved" / "config.json").read_text()
 
 
-def test_stochastic_depth_can_be_asked_for(tmp_path):
+def test_stochastic_depth_can_be_requested(tmp_path):
     model = BrainFoundModel.from_backbone(write_vit(tmp_path / "vit"), drop_path_rate=0.2)
     assert model.config.backbone_config.drop_path_rate == 0.2

@@ -1,4 +1,4 @@
-"""How models are run (kernels, crops, compilation): resolved once, written down, without effect on what is learnt."""
+"""How models are run: resolved once, written down, without effect on what is learnt."""
 
 import json
 
@@ -23,7 +23,7 @@ def settled(model, recipe, **engine):
     return resolve_auto_settings(PretrainEngineRecipe(precision="no", **engine), model.encoder, recipe().views, CPU)
 
 
-def test_auto_is_settled_and_said(model, recipe):
+def test_auto_is_resolved_and_reported(model, recipe):
     engine, found = settled(model, recipe)
     assert engine.attention in ("sdpa", "matmul")
     assert (engine.compile, engine.crops) == (False, "separate")
@@ -31,7 +31,7 @@ def test_auto_is_settled_and_said(model, recipe):
     assert isinstance(found["attention_probe"]["xformers"], str)
 
 
-def test_what_was_asked_for_is_taken(model, recipe):
+def test_what_was_requested_is_taken(model, recipe):
     engine, found = settled(model, recipe, attention="matmul", compile=True, crops="packed")
     assert (engine.attention, engine.compile, engine.crops) == ("matmul", True, "packed")
     assert not found
@@ -62,7 +62,7 @@ def test_a_machine_without_a_compiler_is_found_out(monkeypatch):
     recipe_module._can_compile.cache_clear()
 
 
-def test_every_encoder_of_an_objective_is_told(model, recipe):
+def test_every_encoder_of_an_objective_is_set(model, recipe):
     content = recipe()
     objective = make_objective(content.objective, TrainedPartRecipe(), model.encoder, content.views, 6, 0)
     engine = PretrainEngineRecipe(attention="matmul", compile=False, gradient_checkpointing=True, crops="separate")
@@ -83,7 +83,7 @@ def test_checkpointing_changes_no_bit(store, recipe, finished, tmp_path, value):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_a_resumed_run_keeps_what_was_settled(store, recipe, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_what_was_resolved(store, recipe, tmp_path, monkeypatch):
     out = tmp_path / "run"
     pretrain(recipe("engine.attention=auto"), store, out=out, quiet=True)
     recorded = yaml.safe_load((out / "recipe.yaml").read_text())["engine"]

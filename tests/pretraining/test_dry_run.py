@@ -97,7 +97,7 @@ def test_the_report_names_both_machines(store, recipe, tmp_path, capsys):
         ({"gpus": 3, "gpu": "H100"}, "Set engine.batch_size=9 or 6"),
     ],
 )
-def test_what_cannot_be_estimated_is_said_before_anything_is_trained(store, recipe, tmp_path, arguments, words):
+def test_what_cannot_be_estimated_is_reported_before_anything_is_trained(store, recipe, tmp_path, arguments, words):
     with pytest.raises(UsageError, match=words):
         pretrain(recipe(), store, out=tmp_path / "run", dry_run=True, quiet=True, **arguments)
 
@@ -150,7 +150,7 @@ def test_a_single_gpu_sends_nothing():
         ("RTX-4090", 8, 25, "engine.gradient_checkpointing=true"),
     ],
 )
-def test_what_does_not_fit_is_said_with_what_would(recipe, kind, num_gpus, gib_per_image, words):
+def test_what_does_not_fit_is_reported_with_what_would(recipe, kind, num_gpus, gib_per_image, words):
     small = trial(forward_bytes=2 * gib_per_image * GIB, precision="bf16")
     text = "\n".join(dry_run.report_lines(small, engine(recipe), 1e-4, TargetHardware(find_gpu(kind), num_gpus)))
     assert "does not fit" in text
@@ -251,7 +251,7 @@ def test_a_few_images_foretell_the_memory_of_many(store, recipe, tmp_path, monke
     assert few.forward_bytes * 6 > 1.3 * many.forward_bytes
 
 
-def test_where_the_weights_do_not_fit_what_needs_no_trial_is_said(store, recipe, tmp_path, capsys, monkeypatch):
+def test_where_the_weights_do_not_fit_what_needs_no_trial_is_reported(store, recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("brainfound.pretraining.dry_run.trial.available_memory_bytes", lambda device: 1000)
     monkeypatch.setattr("brainfound.pretraining.dry_run.trial.build_model", None)  # would fail
     content = recipe("engine.batch_size=512", "engine.keep_checkpoints=3")
@@ -265,7 +265,7 @@ def test_where_the_weights_do_not_fit_what_needs_no_trial_is_said(store, recipe,
         assert part in paper
 
 
-def test_weights_that_fit_no_gpu_are_said_without_a_trial(recipe):
+def test_weights_that_fit_no_gpu_are_reported_without_a_trial(recipe):
     machine = TargetHardware(find_gpu("L4"), 8)
     text = "\n".join(dry_run.report_without_measurement(SIZES, GIB, engine(recipe), 1e-4, machine))
     assert "does not fit, even without activations" in text  # ddp

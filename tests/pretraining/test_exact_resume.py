@@ -17,13 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.training_task import PretrainTask
-from tests.tiny_runs import untimed_lines
+from tests.ranks import launch_command
+from tests.tiny_runs import require_same_checkpoints, untimed_lines
 
-LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
 SETTINGS = ("engine.steps=8", "engine.checkpoint_every=2", "engine.keep_checkpoints=2", "probe.every=4")
 LAST = "step-000008"
 
@@ -78,12 +77,9 @@ pretrain(recipe, store, out=out, quiet=True, resume="--resume" in sys.argv)
 def start(folder: Path, store, run: Path, num_processes: int, *more: str, **environment: object):
     """One start of the run, to its end or its death."""
     (folder / "run.py").write_text(RUN)
-    launcher: list[object] = []
-    if num_processes > 1:
-        # A port of its own for each start: the one before may not have given back its own yet.
-        options = ["--config_file", LAUNCH_FILE, "--main_process_port", random.randrange(20_000, 60_000)]
-        launcher = ["-m", "accelerate.commands.launch", *options, "--num_processes", num_processes]
-    command = [sys.executable, *launcher, folder / "run.py", folder / "tiny.yaml", store.path, run]
+    # A port of its own for each start: the one before may not have given back its own yet.
+    launcher = launch_command("--num_processes", num_processes) if num_processes > 1 else [sys.executable]
+    command = [*launcher, folder / "run.py", folder / "tiny.yaml", store.path, run]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in environment.items()}}
     arguments = [*command, f"{run}.order", *more]
     return subprocess.run(list(map(str, arguments)), env=variables, capture_output=True, text=True, timeout=240)
@@ -101,10 +97,7 @@ def require_same(whole: Path, resumed: Path, num_processes: int, story: str) -> 
         differing = {key for key in line.keys() | other.keys() if line.get(key) != other.get(key)}
         assert differing == set(), (line["step"], story)
     one, other = (run / "checkpoints" / LAST for run in (whole, resumed))
-    for file in ("model.safetensors", "task.safetensors"):
-        tensors, others = load_file(one / file), load_file(other / file)
-        assert tensors.keys() == others.keys()
-        assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == [], (file, story)
+    require_same_checkpoints(whole, resumed, step=int(LAST.removeprefix("step-")))
     states = [torch.load(path / "optimizer.pt", weights_only=True) for path in (one, other)]
     assert states[0]["param_groups"] == states[1]["param_groups"], story
     assert states[0]["state"].keys() == states[1]["state"].keys() != set()
@@ -156,7 +149,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_undisturbed_one(
     whole, run = undisturbed(tmp_path, store, num_processes, monkeypatch), tmp_path / "run"
 
     write_recipe(num_workers)
-    step = random.randrange(5, 8)
+    step = random.Random(2 * num_processes + num_workers + dies_saving).randrange(5, 8)
     story = f"killed after step {step}"
     killed = start(tmp_path, store, run, num_processes, DIE_AT=step)
     assert killed.returncode != 0

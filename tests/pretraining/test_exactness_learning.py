@@ -73,7 +73,7 @@ def test_without_a_warmup_the_first_step_has_the_peak():
     assert every_step("new", warmup_steps=0)[-1] == FINAL
 
 
-def test_the_differences_from_the_published_curve_are_those_that_are_said():
+def test_the_differences_from_the_published_curve_are_those_that_are_reported():
     """DINOv2 warms up on linspace(0, peak) and ends one step short of the final rate."""
     published = np.append(np.linspace(0, PEAK, WARMUP), half_cosine(PEAK, FINAL, STEPS - WARMUP))
     ours = np.array(every_step("new"))

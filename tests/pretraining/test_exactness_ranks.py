@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +29,7 @@ from brainfound.data.augmentation import MultiCrop
 from brainfound.pretraining.objectives import losses, masked_autoencoder, self_distillation
 from brainfound.pretraining.training_task import PretrainTask
 from brainfound.training import run_folder
+from tests.ranks import free_port
 from tests.tiny_runs import log_lines
 
 STEPS = 3
@@ -235,12 +235,6 @@ def wait_for(*processes: subprocess.Popen) -> None:
             for other in processes:
                 other.kill()
         assert process.returncode == 0, errors.decode()[-3000:]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # The losses alone

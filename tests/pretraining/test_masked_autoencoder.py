@@ -88,7 +88,7 @@ def test_a_contrast_that_is_not_shown_is_no_target(objective, batch):
     assert torch.equal(per_contrast > 0, views.contrast_mask)
 
 
-def test_exactly_the_asked_part_is_hidden_at_places_that_differ():
+def test_exactly_the_requested_part_is_hidden_at_places_that_differ():
     kept, hidden = sample_hidden_patches(8, 16, num_hidden_patches(16, 0.75), np.random.default_rng(0))
     assert kept.shape == (8, 4)
     assert hidden.shape == (8, 12)
@@ -251,7 +251,7 @@ def test_it_learns(model, recipe, batch):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_the_state_beside_the_student_is_the_anchor(objective, model, recipe):
+def test_the_state_next_to_the_student_is_the_anchor(objective, model, recipe):
     anchored = objective.state_dict()
     assert {name.removeprefix("anchor.") for name in anchored} == set(model.encoder.state_dict())
     with torch.no_grad():

@@ -228,7 +228,7 @@ def test_another_objective_by_an_override(store, recipe, tmp_path, capsys):
                                                                   "objective.drop_path=0"])  # fmt: skip
 
 
-def test_a_run_of_before_there_were_kinds_resumes(finished, store, recipe, tmp_path):
+def test_a_run_whose_recipe_names_no_kind_and_no_part_resumes(finished, store, recipe, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     content = yaml.safe_load((run / "recipe.yaml").read_text())

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.recipes import validate
+from tests.ranks import launch
 from tests.tiny_runs import log_lines
 
-LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
 DECODER = {"width": 16, "layers": 1, "heads": 2}
 
 # One pair of processes does all runs: starting processes takes longer than training.
@@ -69,12 +64,7 @@ def test_two_processes_train_one_student(store, recipe, tmp_path):
             names[kind, parallel] = name = f"{kind}-{part}-{parallel}"
             (tmp_path / f"{name}.yaml").write_text(recipe_of(recipe, kind, part, again, parallel).to_yaml())
     (tmp_path / "run.py").write_text(SCRIPT)
-    port = 20_000 + (os.getpid() + 7) % 20_000
-    options = ["--config_file", LAUNCH_FILE, "--main_process_port", port]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, tmp_path / "run.py", tmp_path, store.path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, timeout=400)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    launch(tmp_path / "run.py", tmp_path, store.path, timeout_s=400)
     for kind, *_ in cases:
         losses, exports = [], []
         for parallel in ("ddp", "fsdp"):

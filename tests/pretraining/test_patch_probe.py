@@ -83,7 +83,7 @@ def test_tokens_that_show_the_tissue_score_high_and_others_do_not():
     assert np.isnan(tested.run(Tokens(informed=True, value=float("nan")), device))
 
 
-def test_a_store_without_masks_is_said(store):
+def test_a_store_without_masks_is_reported(store):
     with pytest.warns(UserWarning, match=r"probe\.patch is left out"):
         tested = Probe(store, ProbeRecipe(patch=True, slices_per_session=2, folds=3), seed=0)
     assert tested.patches is None

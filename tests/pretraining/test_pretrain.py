@@ -130,7 +130,7 @@ def test_a_torn_newest_checkpoint_costs_steps_not_the_run(finished, store, recip
     assert [line["loss"] for line in log_lines(run, "loss")] == [line["loss"] for line in log_lines(finished, "loss")]
 
 
-def test_doors(finished, store, recipe, tmp_path):
+def test_what_cannot_start_or_resume_is_refused(finished, store, recipe, tmp_path):
     with pytest.raises(UsageError, match="--resume"):
         pretrain(recipe(), store, out=finished, quiet=True)
     with pytest.raises(UsageError, match="no run to resume"):
@@ -189,7 +189,7 @@ def test_slices_without_whole_patches_are_refused_before_anything_is_written(sto
     pretrain(recipe(*odd, "probe.every=0", "engine.steps=1"), store, out=tmp_path / "run", quiet=True)
 
 
-def test_a_small_disk_is_told_before_anything_is_written(store, recipe, tmp_path, monkeypatch):
+def test_a_small_disk_is_reported_before_anything_is_written(store, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(TrainingError, match="no room for this run"):
         pretrain(recipe(), store, out=tmp_path / "run", quiet=True)
@@ -260,7 +260,7 @@ def test_the_contract_knows_whether_contrasts_were_withheld(store, recipe, tmp_p
     assert list(InputContract.load(run / "export").never_absent) == (always if always_present else [])
 
 
-def test_a_rollback_is_told_on_the_terminal_in_the_facts_and_in_the_card(store, recipe, tmp_path, monkeypatch, capsys):
+def test_a_rollback_is_on_the_terminal_in_the_facts_and_in_the_card(store, recipe, tmp_path, monkeypatch, capsys):
     from brainfound.pretraining.monitoring.probes import Probe, ProbeScores
 
     scores = iter([0.9, 0.2, 0.1, 0.9, 0.9, 0.9, 0.9])
@@ -376,14 +376,6 @@ def test_bfloat16_trains_with_float32_weights(store, recipe, tmp_path):
     run = pretrain(recipe("engine.precision=bf16", "engine.steps=2"), store, out=tmp_path / "run", quiet=True)
     assert all(t.dtype == torch.float32 for t in checkpoint_tensors(run, 2).values())
     assert all(abs(line["loss"]) < 100 for line in log_lines(run, "loss"))
-
-
-def test_dry_run_leaves_nothing_and_reports(store, recipe, tmp_path, capsys):
-    pretrain(recipe(), store, out=tmp_path / "run", dry_run=True, quiet=True)
-    assert not (tmp_path / "run").exists()
-    report = capsys.readouterr().out
-    for part in ("effective learning rate", "images/s", "iB"):
-        assert part in report
 
 
 def test_the_loss_falls(store, recipe, tmp_path):

@@ -10,27 +10,22 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, r2_score
 
-from brainfound.data.store.reader import StoreReader
 from brainfound.errors import RecipeError, TrainingError
 from brainfound.pretraining.monitoring.probes import Probe, ProbeRecipe, ProbeScores, choose_probe_target
+from tests.table_store import TableStore
 
 
-class TableStore:
-    """A store's table without images."""
-
-    contrasts = ("T1w", "T2w")
-    contrast_counts = StoreReader.contrast_counts
-
-    def __init__(self, table: pd.DataFrame, num_slices: int = 4) -> None:
-        self.sessions = table.assign(first_row=np.arange(len(table)) * num_slices, num_slices=num_slices)
-        if "image_hash" not in table:
-            self.sessions["image_hash"] = [f"{number:04x}" for number in range(len(table))]
-        self.present = np.ones((len(table), 1), dtype=bool)
-        self.slice_positions_mm = np.tile(np.linspace(-30, 30, num_slices), len(table))
-
-    def session_rows(self, session: int) -> np.ndarray:
-        row = self.sessions.iloc[session]
-        return np.arange(row["first_row"], row["first_row"] + row["num_slices"])
+def table_store(table: pd.DataFrame, num_slices: int = 4) -> TableStore:
+    sessions = table.assign(first_row=np.arange(len(table)) * num_slices, num_slices=num_slices)
+    if "image_hash" not in table:
+        sessions["image_hash"] = [f"{number:04x}" for number in range(len(table))]
+    return TableStore(
+        sessions,
+        contrasts=("T1w", "T2w"),
+        present=np.ones((len(table), 1), dtype=bool),
+        slice_positions_mm=np.tile(np.linspace(-30, 30, num_slices), len(table)),
+        session_rows=lambda session: np.arange(num_slices) + session * num_slices,
+    )
 
 
 def table(num: int = 24, **columns) -> pd.DataFrame:
@@ -40,11 +35,11 @@ def table(num: int = 24, **columns) -> pd.DataFrame:
 def test_the_target_follows_what_the_store_knows():
     ages = np.linspace(20, 80, 24)
     diagnosis = ["AD"] * 12 + ["CN"] * 12
-    assert choose_probe_target(TableStore(table(age_years=ages, diagnosis=diagnosis))) == "diagnosis"
-    assert choose_probe_target(TableStore(table(age_years=ages, diagnosis=["AD"] * 4 + ["CN"] * 20))) == "age_years"
-    assert choose_probe_target(TableStore(table(age_years=[50.0] * 24, sex=["F", "M"] * 12, site=["a"] * 24))) == "sex"
-    assert choose_probe_target(TableStore(table(sex=["F"] * 24, site=["a"] * 12 + ["b"] * 12))) == "site"
-    both = TableStore(table(sex=["F"] * 20 + ["M"] * 4, site=[None] * 12 + ["b"] * 12))
+    assert choose_probe_target(table_store(table(age_years=ages, diagnosis=diagnosis))) == "diagnosis"
+    assert choose_probe_target(table_store(table(age_years=ages, diagnosis=["AD"] * 4 + ["CN"] * 20))) == "age_years"
+    assert choose_probe_target(table_store(table(age_years=[50.0] * 24, sex=["F", "M"] * 12, site=["a"] * 24))) == "sex"
+    assert choose_probe_target(table_store(table(sex=["F"] * 24, site=["a"] * 12 + ["b"] * 12))) == "site"
+    both = table_store(table(sex=["F"] * 20 + ["M"] * 4, site=[None] * 12 + ["b"] * 12))
     assert choose_probe_target(both) == "slice_position"
     both.present = np.ones((24, 2), dtype=bool)
     assert choose_probe_target(both) == "contrast"
@@ -56,7 +51,7 @@ def test_the_target_follows_what_the_store_knows():
 def test_informative_features_score_high_and_noise_does_not(target):
     ages = np.linspace(20, 80, 24)
     groups = {"diagnosis": ["AD", "CN"] * 12, "sex": ["F", "M"] * 12, "site": ["a", "b"] * 12}
-    store = TableStore(table(age_years=ages, **groups))
+    store = table_store(table(age_years=ages, **groups))
     probe = Probe(store, ProbeRecipe(target=target, slices_per_session=4), seed=0)
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(24, 4, 6))
@@ -73,7 +68,7 @@ def test_informative_features_score_high_and_noise_does_not(target):
 
 
 def test_no_subject_is_on_both_sides():
-    store = TableStore(table(age_years=np.linspace(20, 80, 24)))
+    store = table_store(table(age_years=np.linspace(20, 80, 24)))
     store.sessions["subject"] = [f"s{i // 2}" for i in range(24)]
     probe = Probe(store, ProbeRecipe(), seed=0)
     for fold in probe.folds:
@@ -85,7 +80,7 @@ def test_no_subject_is_on_both_sides():
 def test_an_image_under_two_names_is_on_one_side(target):
     """Every image is there twice, under another subject's name."""
     hashes = [f"{i % 12:02x}" for i in range(24)]
-    store = TableStore(table(age_years=np.linspace(20, 80, 24), image_hash=hashes))
+    store = table_store(table(age_years=np.linspace(20, 80, 24), image_hash=hashes))
     probe = Probe(store, ProbeRecipe(target=target, slices_per_session=2), seed=0)
     per_session = 2 if target == "slice_position" else 1
     assert len(probe.folds) == ProbeRecipe().folds
@@ -96,14 +91,14 @@ def test_an_image_under_two_names_is_on_one_side(target):
 
 
 def test_features_that_are_not_finite_score_nan():
-    probe = Probe(TableStore(table(age_years=np.linspace(20, 80, 24))), ProbeRecipe(), seed=0)
+    probe = Probe(table_store(table(age_years=np.linspace(20, 80, 24))), ProbeRecipe(), seed=0)
     scores = probe.score(probe.predict(np.full((24, 8, 3), np.nan)))
     assert np.isnan(scores.linear)
 
 
 def test_one_subject_cannot_be_probed():
     with pytest.raises(TrainingError, match=r"probe\.every=0"):
-        Probe(TableStore(pd.DataFrame({"subject": ["s0", "s0"]})), ProbeRecipe(), seed=0)
+        Probe(table_store(pd.DataFrame({"subject": ["s0", "s0"]})), ProbeRecipe(), seed=0)
 
 
 def test_a_probe_is_repeatable_and_leaves_the_encoder_as_it_was(store, model):
@@ -116,7 +111,7 @@ def test_a_probe_is_repeatable_and_leaves_the_encoder_as_it_was(store, model):
 
 
 def test_the_contrast_of_an_embedding_is_probed_with_one_contrast_at_a_time():
-    store = TableStore(table(8))
+    store = table_store(table(8))
     store.present = np.array([[True, True]] * 6 + [[True, False]] * 2)
     probe = Probe(store, ProbeRecipe(target="contrast", slices_per_session=2, max_sessions=14), seed=0)
     assert (probe.present.sum(axis=1) == 1).all()
@@ -143,13 +138,13 @@ def test_the_contrast_of_an_embedding_is_probed_with_one_contrast_at_a_time():
 )
 def test_a_target_that_is_not_known_enough_is_counted(target, columns, message):
     with pytest.raises(RecipeError, match=message):
-        Probe(TableStore(table(**columns)), ProbeRecipe(target=target), seed=0)
+        Probe(table_store(table(**columns)), ProbeRecipe(target=target), seed=0)
 
 
 def test_a_prediction_stays_among_the_ages_that_were_seen():
     """One image far from all others costs what one wrong answer can cost; unclipped, R² would be -1e6."""
     ages = np.linspace(20, 80, 24)
-    probe = Probe(TableStore(table(age_years=ages)), ProbeRecipe(slices_per_session=1), seed=0)
+    probe = Probe(table_store(table(age_years=ages)), ProbeRecipe(slices_per_session=1), seed=0)
     signal = np.random.default_rng(0).normal(size=(24, 1, 3)) * 0.01
     signal[:, 0, 0] += ages / 60
     signal[12, 0, 0] = 1e3
@@ -157,7 +152,7 @@ def test_a_prediction_stays_among_the_ages_that_were_seen():
 
 
 def test_huge_and_infinite_features_are_scored_without_an_error():
-    probe = Probe(TableStore(table(age_years=np.linspace(20, 80, 24))), ProbeRecipe(slices_per_session=1), seed=0)
+    probe = Probe(table_store(table(age_years=np.linspace(20, 80, 24))), ProbeRecipe(slices_per_session=1), seed=0)
     features = np.random.default_rng(0).normal(size=(24, 1, 3)).astype(np.float32)
     assert np.isfinite(probe.score(probe.predict(features * 1e37)).linear)
     features[3] = np.inf
@@ -166,7 +161,7 @@ def test_huge_and_infinite_features_are_scored_without_an_error():
 
 @pytest.mark.parametrize(("target", "measure"), [("site", balanced_accuracy_score), ("age_years", r2_score)])
 def test_the_measures_are_those_of_scikit_learn(target, measure):
-    store = TableStore(table(age_years=np.linspace(20, 80, 24), site=["a", "b", "c"] * 8))
+    store = table_store(table(age_years=np.linspace(20, 80, 24), site=["a", "b", "c"] * 8))
     probe = Probe(store, ProbeRecipe(target=target), seed=0)
     predicted = probe.predict(np.random.default_rng(0).normal(size=(24, 8, 3)))
     scores = probe.score(predicted)
@@ -180,7 +175,7 @@ def test_the_standard_error_is_that_of_resampled_subjects():
     ages, error = rng.uniform(20, 80, 24), rng.normal(0, 6, 24)
     sessions = table(48, age_years=np.repeat(ages, 2))
     sessions["subject"] = [f"s{i // 2:02d}" for i in range(48)]
-    probe = Probe(TableStore(sessions), ProbeRecipe(target="age_years"), seed=0)
+    probe = Probe(table_store(sessions), ProbeRecipe(target="age_years"), seed=0)
     assert probe.labels.tolist() == np.repeat(ages, 2).tolist()
     scores = [r2_score(ages[drawn], (ages + error)[drawn]) for drawn in rng.integers(24, size=(4000, 24))]
     assert probe._standard_error(probe.labels + np.repeat(error, 2)) == pytest.approx(np.std(scores), rel=0.2)

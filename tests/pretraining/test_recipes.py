@@ -42,6 +42,9 @@ RECIPES = sorted(name for name in recipes.available("train") if name.startswith(
 MODELS, MACHINES = ("vits14", "vitb14", "vitl14", "vitg14"), ("laptop", "24gb", "8gpu")
 STARTS = ("start-sl-imagenet", "start-ssl-dinov2", "start-ssl-brainimages", "start-brainfound")
 UNTOUCHED = STARTS[:2]
+FROM_SCRATCH = ("pretrain-demo", "start-ssl-brainimages")
+CONTINUED = [name for name in RECIPES if not name.startswith("ablation-") and name not in (*FROM_SCRATCH, *UNTOUCHED)]
+"""Recipes of the safe ladder; ablations leave it on purpose."""
 WIDTH, NUM_LAYERS = 32, 2
 
 # Sizes, wherever they stand in a recipe; the rest of a recipe is run as it is.
@@ -140,13 +143,22 @@ def test_each_model_has_a_recipe_for_each_machine():
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_known_by_its_name_and_explained(name):
+    assert recipes.load(PretrainRecipe, name, "train").name == name
+    assert recipes.find(name, "train").read_text().startswith("#")
+
+
+@pytest.mark.parametrize("name", [*FROM_SCRATCH, *UNTOUCHED])
+def test_a_recipe_off_the_ladder_continues_no_checkpoint(name):
+    recipe = recipes.load(PretrainRecipe, name, "train")
+    assert (recipe.init.source == "none") == (name in FROM_SCRATCH)
+    assert (recipe.engine.steps == 0) == (name in UNTOUCHED)
+
+
+@pytest.mark.parametrize("name", CONTINUED)
 def test_a_recipe_follows_the_safe_ladder(name):
     """What is continued from a checkpoint keeps to the rungs that are known to hold."""
     recipe = recipes.load(PretrainRecipe, name, "train")
-    assert recipe.name == name
-    assert recipes.find(name, "train").read_text().startswith("#")
-    if recipe.init.source == "none" or not recipe.engine.steps or not name.startswith(("pretrain-", "start-")):
-        return
     assert 0 < recipe.schedule.head_warmup_steps <= recipe.engine.steps / 5
     # 2e-4 at batch 1,024 is what a ViT-g was seen to bear; the root of 128 / 1,024 brings it to batch 128.
     assert recipe.optim.lr <= (2e-4 * math.sqrt(128 / 1024) if "vitg14" in name else 1e-4)

@@ -160,7 +160,7 @@ def test_koleo_looks_at_all_ranks_or_at_its_own(model, recipe, batch, monkeypatc
     assert bool(gathered) == over_ranks
 
 
-def test_koleo_is_told_whether_autocast_may_touch_it(model, recipe, batch, monkeypatch):
+def test_koleo_learns_whether_autocast_may_touch_it(model, recipe, batch, monkeypatch):
     told = []
     koleo = losses.koleo
     monkeypatch.setattr(losses, "koleo", lambda cls, groups, in_float32: told.append(in_float32) or koleo(cls, groups))

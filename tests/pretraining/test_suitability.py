@@ -53,7 +53,7 @@ def test_what_fits_gets_no_note(recipe, store):
     assert fit(recipe, "trained={part: lora, rank: 8, blocks: 0}") == []
 
 
-def test_enlarged_slices_are_said(recipe):
+def test_enlarged_slices_are_reported(recipe):
     notes = fit(recipe, "views.global_size=64", size=(40, 48))
     assert notes == [
         "slices are 40 × 48 pixels, global crops 64 × 64: they are enlarged."

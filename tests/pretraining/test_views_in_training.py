@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from brainfound.pretraining.pretrain import pretrain
-from tests.tiny_runs import checkpoint_tensors, log_lines
+from tests.tiny_runs import log_lines, require_same_checkpoints
 
 VIEWS = ("views.neighbour_mm=13", "views.split_contrasts=0.5")
 
@@ -31,10 +30,7 @@ def test_a_resumed_run_sees_the_same_neighbours(whole, store, recipe, tmp_path, 
     shutil.rmtree(run / "export")
     pretrain(recipe(*VIEWS, f"engine.num_workers={num_workers}"), store, out=run, resume=True, quiet=True)
     assert losses(run) == losses(whole)
-    for file in ("model.safetensors", "task.safetensors"):
-        one, other = (checkpoint_tensors(folder, 6, file) for folder in (whole, run))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
+    require_same_checkpoints(whole, run, step=6)
 
 
 def test_both_options_reach_the_loss(whole, finished, store, recipe, tmp_path):

@@ -95,7 +95,7 @@ def test_alarms_of_the_gauges_are_in_view(tmp_path, drawn):
 
 
 def test_values_that_are_not_finite_are_counted_and_the_best_is_found(tmp_path, drawn):
-    probes = [0.5, math.nan, 0.7, None, 0.6]  # as older logs and as new ones say it
+    probes = [0.5, math.nan, 0.7, None, 0.6]  # in both spellings
     lines = [json.dumps({"step": 10 * i, "probe": value, "probe/knn": 0.9}) for i, value in enumerate(probes)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
     plot_curves(tmp_path)
@@ -121,7 +121,7 @@ def test_panels_beyond_the_most_are_named_in_the_title(tmp_path, drawn, monkeypa
     assert "3 more panels not shown: extra_4" in drawn[0].get_suptitle()
 
 
-def test_a_rollback_is_marked_and_said(tmp_path, drawn):
+def test_a_rollback_is_marked_and_reported(tmp_path, drawn):
     _log(tmp_path, ("loss", "probe"))
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write(json.dumps({"step": 3, "rollback": 1, "rolled_back_from": 5, "reason": "x", "lr_scale": 0.3}) + "\n")

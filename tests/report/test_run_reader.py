@@ -65,7 +65,7 @@ def test_a_damaged_recipe_is_named(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
-def test_a_rollback_is_told_apart_from_what_was_measured(tmp_path):
+def test_a_rollback_is_distinguished_from_what_was_measured(tmp_path):
     event = {"step": 2, "rollback": 1, "rolled_back_from": 4, "reason": "the probe fell", "lr_scale": 0.3}
     _write(tmp_path, [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, event, {"step": 3, "loss": 1.0}])
     run = RunFolder.read(tmp_path)
@@ -76,10 +76,10 @@ def test_a_rollback_is_told_apart_from_what_was_measured(tmp_path):
 
 @pytest.mark.parametrize("word", ["null", "NaN", "Infinity"])
 def test_a_number_that_was_not_finite_is_one_of_the_series(tmp_path, word):
-    """null as logs say today, and the words of older ones."""
+    """Written as null, or as the words NaN and Infinity."""
     (tmp_path / "log.jsonl").write_text(f'{{"step": 1, "loss": {word}, "rank": {word}}}\n{{"step": 2, "loss": 1.0}}\n')
     run = RunFolder.read(tmp_path)
     steps, values = run.series("loss")
     np.testing.assert_array_equal(steps, [1, 2])
     np.testing.assert_array_equal(np.isfinite(values), [False, True])
-    assert run.numeric_keys() == ["loss", "rank"]  # never finite, and yet a curve to be told of
+    assert run.numeric_keys() == ["loss", "rank"]  # never finite, and yet a curve to be reported

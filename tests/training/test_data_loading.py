@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +26,7 @@ from brainfound.training.data_loading import (
     prefetch_to_device,
 )
 from brainfound.training.randomness import NEIGHBOURS, uniform_at_positions
+from tests.tiny_runs import prefetch_threads
 
 
 def batches(rank: int = 0, world_size: int = 1, first_step: int = 0, accumulation: int = 1, num_items: int = 10):
@@ -161,10 +161,6 @@ def pairs(count: int):
     return (Pair(torch.tensor(i), f"pair {i}") for i in range(count))
 
 
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
-
-
 def test_every_batch_comes_once_and_in_order():
     assert [(p.number.item(), p.name) for p in prefetch_to_device(pairs(5), torch.device("cpu"))] == [
         (i, f"pair {i}") for i in range(5)
@@ -175,12 +171,22 @@ def test_every_batch_comes_once_and_in_order():
 
 
 def test_the_next_items_are_made_while_one_is_used():
-    made = []
-    items = map_in_background(range(10), lambda item: made.append(item) or item, 2)
+    """Two in front of the one in use, and no more: memory is not endless."""
+    used, ahead, two_ahead = 1, [], threading.Event()
+
+    def make(item: int) -> int:
+        ahead.append(item - used)
+        if item == 2:
+            two_ahead.set()
+        return item
+
+    items = map_in_background(range(200), make, 2)
     assert next(items) == 0
-    time.sleep(0.2)
-    assert made == [0, 1, 2]  # two in front of the one in use, and no more: memory is not endless
-    items.close()
+    assert two_ahead.wait(60)
+    for used in range(2, 201):
+        assert next(items) == used - 1
+    assert list(items) == []
+    assert max(ahead) == 1
 
 
 def test_an_error_comes_where_its_item_would_have_come():
@@ -193,15 +199,15 @@ def test_an_error_comes_where_its_item_would_have_come():
     assert [next(items), next(items)] == [0, 1]
     with pytest.raises(OSError, match="the disk is gone"):
         next(items)
-    assert threads() == []
+    assert prefetch_threads() == []
 
 
 def test_closing_ends_the_thread():
     items = map_in_background(range(1000), lambda item: item, 2)
     with closing_generator(items) as used:
         assert next(used) == 0
-        assert threads() != []
-    assert threads() == []
+        assert prefetch_threads() != []
+    assert prefetch_threads() == []
 
 
 def test_only_tensors_are_moved():

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from brainfound.pretraining.objectives import losses
 from brainfound.pretraining.pretrain import pretrain
-from tests.tiny_runs import untimed_lines
-
-LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
+from tests.ranks import launch
+from tests.tiny_runs import require_same_checkpoints, untimed_lines
 
 KILLED_WHILE_SAVING = """
 from brainfound.training import checkpoint
@@ -89,10 +87,7 @@ def environment() -> dict[str, str]:
 
 def require_same_runs(first: Path, second: Path) -> None:
     assert untimed_lines(first) == untimed_lines(second)
-    for file in ("model.safetensors", "task.safetensors"):
-        one, other = (load_file(run / "checkpoints" / "step-000006" / file) for run in (first, second))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
+    require_same_checkpoints(first, second, step=6)
 
 
 def test_a_run_killed_while_saving_resumes_to_the_same_losses_and_weights(finished, store, recipe, tmp_path):
@@ -107,21 +102,13 @@ def test_a_run_killed_while_saving_resumes_to_the_same_losses_and_weights(finish
     require_same_runs(finished, run)
 
 
-def launch(folder: Path, *arguments: object) -> None:
-    port = 20_000 + os.getpid() % 20_000
-    options = ["--config_file", LAUNCH_FILE, "--main_process_port", port]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, folder / "run.py", *arguments]
-    done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, timeout=240)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-
-
 @pytest.mark.slow
 def test_two_ranks_train_as_one(store, recipe, tmp_path):
     """Through the shipped launch file: same teacher on both ranks, losses of the global batch, exact resume."""
     (tmp_path / "tiny.yaml").write_text(recipe().to_yaml())
     script(tmp_path, TWO_RANKS_BEFORE, TWO_RANKS_AFTER)
     run = tmp_path / "run"
-    launch(tmp_path, tmp_path / "tiny.yaml", store.path, run)
+    launch(tmp_path / "run.py", tmp_path / "tiny.yaml", store.path, run)
     facts = [json.loads((tmp_path / f"run.rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [fact["world_size"] for fact in facts] == [2, 2]
     assert facts[0]["weights"] == facts[1]["weights"]

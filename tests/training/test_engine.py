@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import time
 from collections import namedtuple
 
 import pytest
@@ -193,30 +192,52 @@ def test_an_optimiser_that_cannot_skip_on_the_device_is_refused(tmp_path):
         engine(Plain(), tmp_path).run()
 
 
-def test_the_log_tells_how_long_a_step_waits_for_data(tmp_path):
+class Clock:
+    """In the place of the module `time`: a step takes 0.01 s, and waits what a test adds."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock, loss = Clock(), Line.loss
+    monkeypatch.setattr("brainfound.training.log.time", clock)
+    monkeypatch.setattr(Line, "loss", lambda *inputs: clock.sleep(0.01) or loss(*inputs))
+    return clock
+
+
+def test_the_log_reports_how_long_a_step_waits_for_data(tmp_path, clock):
     class Slow(Line):
         def batches(self, first_step):
             for batch in super().batches(first_step):
-                time.sleep(0.05)
+                clock.sleep(0.03)
                 yield batch
 
     slow, quick = Slow(), Line()
     engine(slow, tmp_path, steps=4, log_every=2).run()
     (tmp_path / "quick").mkdir()
     engine(quick, tmp_path / "quick", steps=4, log_every=2).run()
-    assert all(line["data_wait"] > 0.5 and line["seconds_per_step"] > 0.05 for line in slow.seen)
-    assert all(0 <= line["data_wait"] < 0.5 for line in quick.seen)
+    assert [line["data_wait"] for line in slow.seen] == pytest.approx([0.75] * 2)
+    assert [line["seconds_per_step"] for line in slow.seen] == pytest.approx([0.04] * 2)
+    assert [line["data_wait"] for line in quick.seen] == [0, 0]
+    assert [line["seconds_per_step"] for line in quick.seen] == pytest.approx([0.01] * 2)
 
 
-def test_what_is_no_part_of_a_step_does_not_count_as_its_time(tmp_path):
+def test_what_is_no_part_of_a_step_does_not_count_as_its_time(tmp_path, clock):
     class Gauged(Line):
         def health_metrics(self):
-            time.sleep(0.2)
+            clock.sleep(0.2)
             return {}
 
     task = Gauged()
     engine(task, tmp_path, steps=3, log_every=1).run()
-    assert max(line["seconds_per_step"] for line in task.seen) < 0.1
+    assert [line["seconds_per_step"] for line in task.seen] == pytest.approx([0.01] * 3)
 
 
 @pytest.mark.parametrize("kind", ["log", "state", "other"])

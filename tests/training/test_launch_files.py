@@ -14,6 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from brainfound.pretraining.pretrain import PretrainRecipe
 from brainfound.recipes import available, load
+from tests.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "train" / "launch"
@@ -123,9 +124,8 @@ def test_two_machines_find_each_other(tmp_path):
         "facts = [os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]\n"
         "pathlib.Path(sys.argv[1], facts[0]).write_text(' '.join(facts))\n"
     )
-    port = str(20_000 + (os.getpid() + 7) % 20_000)
     options = ["--config_file", str(FOLDER / "accelerate-64gpu.yaml"), "--num_machines", "2", "--num_processes", "2"]
-    options += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    options += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *options]
     jobs = [
         subprocess.Popen([*launcher, "--machine_rank", str(rank), str(tmp_path / "say.py"), str(tmp_path)])

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +15,8 @@ from brainfound.models import BrainFoundModel
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.training_task import PretrainTask
 from brainfound.training import distributed, run_folder
+from tests.ranks import launch
 from tests.training.line_task import Killed
-
-LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
 
 # Rank 1 sees the newest checkpoint torn (its view of a network disk is old), or not at all.
 CHOOSE = """
@@ -56,12 +52,7 @@ with open(f"{sys.argv[3]}.rank{accelerator.process_index}", "w") as file:
 @pytest.mark.parametrize("kind", [pytest.param("stale", marks=pytest.mark.slow), "missing"])
 def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_chose(finished, tmp_path, kind):
     (tmp_path / "choose.py").write_text(CHOOSE)
-    port = 20_000 + (os.getpid() + 7) % 20_000
-    options = ["--config_file", LAUNCH_FILE, "--main_process_port", port, tmp_path / "choose.py"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, kind, finished, tmp_path / "result"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    launch(tmp_path / "choose.py", kind, finished, tmp_path / "result")
     result, hashed = zip(*(json.loads((tmp_path / f"result.rank{rank}").read_text()) for rank in (0, 1)), strict=True)
     assert hashed == (["step-000006"], [])
     if kind == "stale":
@@ -138,7 +129,7 @@ def test_an_export_that_cannot_be_written_is_one_line_and_resume_writes_it(to_ex
     assert (to_export / "export" / "README.md").is_file()
 
 
-def test_a_stop_is_still_told_where_its_export_cannot_be_written(store, recipe, tmp_path, monkeypatch):
+def test_a_stop_is_still_reported_where_its_export_cannot_be_written(store, recipe, tmp_path, monkeypatch):
     def on_log_line(self, step, line):
         raise TrainingError("the features collapsed", where=f"step {step}", remedy="export/ holds the last teacher")
 
@@ -212,7 +203,6 @@ ONE_FAILS = """
 import os, sys
 from brainfound.errors import BrainFoundError, StoreError
 from brainfound.training import distributed
-from tests.training.line_task import Killed
 from brainfound.training.process import make_accelerator
 
 accelerator = make_accelerator("no")
@@ -243,11 +233,6 @@ torch.distributed.destroy_process_group()
 )
 def test_what_fails_on_rank_0_is_the_same_error_on_all(tmp_path, kind, line):
     (tmp_path / "one.py").write_text(ONE_FAILS)
-    port = 20_000 + (os.getpid() + 13) % 20_000
-    options = ["--config_file", LAUNCH_FILE, "--main_process_port", port, tmp_path / "one.py"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, kind, tmp_path / "result"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    launch(tmp_path / "one.py", kind, tmp_path / "result")
     for rank in (0, 1):
         assert (tmp_path / f"result.rank{rank}").read_text().startswith(f"TrainingError: {line}")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +17,9 @@ from brainfound.training import distributed
 from brainfound.training.engine import Engine
 from brainfound.training.optim import make_optimizer, parameter_groups
 from brainfound.training.process import make_accelerator
+from tests.ranks import launch
 from tests.tiny_runs import untimed_lines
 
-LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
 LAST = "step-000006"
 
 # One pair of processes does all runs: starting processes takes longer than training.
@@ -241,13 +238,8 @@ def test_two_sharded_processes_train_as_two_that_are_not(store, recipe, tmp_path
     changes = ("init.scratch.hidden_size=36", "engine.accumulation=2", "engine.crops=packed")
     (tmp_path / "tiny.yaml").write_text(anchored(recipe(*changes), tmp_path, store).to_yaml())
     (tmp_path / "run.py").write_text(SCRIPT)
-    options = ["--config_file", LAUNCH_FILE, "--main_process_port", 20_000 + os.getpid() % 20_000]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, tmp_path / "run.py"]
-    command += [tmp_path / "tiny.yaml", store.path, tmp_path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment["PYTHONFAULTHANDLER"] = "1"  # once a rank aborted when all its work was done; where, nothing said
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, timeout=400)
-    assert done.returncode == 0, done.stderr.decode()[-6000:]
+    fault_handler = {"PYTHONFAULTHANDLER": "1"}  # where a rank that aborts stood
+    launch(tmp_path / "run.py", tmp_path / "tiny.yaml", store.path, tmp_path, timeout_s=400, **fault_handler)
 
     ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"
     require_close(ddp, fsdp)

@@ -35,7 +35,7 @@ def changed(result: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("effect", ["gamma", "contrast", "bias_field", "blur", "low_resolution", "gibbs", "noise"])
-def test_each_effect_comes_to_the_asked_part_of_the_images_and_never_to_the_air(effect):
+def test_each_effect_comes_to_the_requested_part_of_the_images_and_never_to_the_air(effect):
     for probability, expected in ((0.0, 0), (0.5, 6), (1.0, 12)):
         result = varied(**{f"{effect}_probability": probability})
         assert changed(result) == expected

@@ -55,7 +55,7 @@ def test_nothing_is_ever_upside_down_and_sides_are_kept(seed):
     assert (mirrored[:, 1, 1] > 0).all()
 
 
-def test_area_aspect_rotation_and_shear_are_as_asked():
+def test_area_aspect_rotation_and_shear_are_as_requested():
     recipe = ViewsRecipe()
     matrices = random_affine(2000, (200, 200), (0.2, 0.5), recipe, seeded(0))[:, :, :2]
     area = torch.linalg.det(matrices)

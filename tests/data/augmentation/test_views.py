@@ -277,7 +277,7 @@ def test_every_division_and_every_local_subset_has_its_turn():
     assert sizes.tolist() == pytest.approx([1 / 3] * 3, abs=0.06)
 
 
-def test_the_asked_part_is_split_and_the_rest_shows_everything():
+def test_the_requested_part_is_split_and_the_rest_shows_everything():
     present = PRESENT.repeat(20, 1)
     large, local = contrast_masks(present, 3, 0.0, 0.5, seeded(1))
     is_split = (large[:, 0] != present).any(dim=1)

@@ -294,7 +294,7 @@ def test_scans_that_hardly_overlap(tmp_path):
     assert checked.stack.present.tolist() == [True, False]
 
 
-def test_hooks_run_before_the_questions_are_asked(tmp_path):
+def test_hooks_run_before_the_rules_are_checked(tmp_path):
     script = tmp_path / "strip.py"
     script.write_text(
         "import sys, nibabel as nib, numpy as np\n"
@@ -375,7 +375,7 @@ def test_the_same_file_twice_and_further_scans(tmp_path):
     assert (further.level, further.is_used) == ("note", False)
 
 
-def test_plain_values_keep_names_only_if_asked(tmp_path):
+def test_plain_values_keep_names_only_if_requested(tmp_path):
     scan = _t1(tmp_path, _image(radii=RADII_MM["head"]))
     facts = scan_to_dict(scan, keep_ids=False)
     assert "t1.nii" not in str(facts)

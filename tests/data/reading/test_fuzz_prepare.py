@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -14,19 +13,9 @@ from hypothesis import strategies as st
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.reading.scan import load_scan
 from brainfound.data.store.prepare import prepare
+from tests.data.reading import test_fuzz_scan as damage
 from tests.data.stacks import build_stack
 
-HERE = Path(__file__).parent
-
-
-def _sibling(name: str):
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-damage = _sibling("test_fuzz_scan")
 SETTINGS = Preprocessing(contrasts=("T1w",), spacing_mm=(4, 4, 4), size=(16, 16))
 
 

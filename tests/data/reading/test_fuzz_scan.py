@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -14,11 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-HARNESS = Path(__file__).with_name("fuzz_scan.py")
-_spec = importlib.util.spec_from_file_location("fuzz_scan", HARNESS)
-fuzz = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fuzz)
+from tests.data.reading import fuzz_scan as fuzz
 
+HARNESS = Path(fuzz.__file__)
 PLAIN = fuzz.plain_files()
 SEEDS = fuzz.seeds()
 FIELDS = {348: nib.Nifti1Header.template_dtype, 540: nib.Nifti2Header.template_dtype}

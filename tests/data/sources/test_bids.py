@@ -208,7 +208,7 @@ def test_sidecars_are_inherited_and_the_nearest_wins(layout):
     assert table["site"].isna().all()
 
 
-def test_masks_beside_a_scan_of_openmind_are_no_lesions(layout):
+def test_masks_next_to_a_scan_of_openmind_are_no_lesions(layout):
     root = layout("sub-1/anat/sub-1_T1w.nii.gz", "sub-1/anat/sub-1_T1w__Data/deface_mask.nii.gz")
     cohort = Cohort.read(root)
     assert cohort.table["mask"].isna().all()

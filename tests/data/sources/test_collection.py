@@ -96,7 +96,7 @@ def test_data_sets_that_may_hold_the_same_people_are_refused(layout, raw, other,
         Cohort.read(root)
 
 
-def test_names_in_several_data_sets_are_said_and_sourcedata_is_passed_over(layout, contents):
+def test_names_in_several_data_sets_are_reported_and_sourcedata_is_passed_over(layout, contents):
     root = layout(*(f"{name}/sub-01/anat/sub-01_T1w.nii.gz" for name in ("siteA", "siteB", "sourcedata")))
     cohort = Cohort.read(root)
     assert sorted(contents(cohort)) == [("siteA_sub-01", "1"), ("siteB_sub-01", "1")]

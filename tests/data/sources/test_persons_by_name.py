@@ -144,23 +144,31 @@ def subjects_by_name(paths: list[Path]) -> dict[Path, str]:
     return {file.path: identity.subject for file, identity in _identify_subjects(Path("root"), files) if file.is_scan}
 
 
-def assert_one_subject_per_person(names: Names) -> None:
-    try:
-        found = subjects_by_name(list(names.persons))
-    except CohortError:
-        return
-    pairs = {(names.persons[path], subject) for path, subject in found.items()}
-    assert len(pairs) == len({person for person, _ in pairs}) == len({subject for _, subject in pairs}), pairs
+def assert_one_subject_per_person(compositions: st.SearchStrategy[Names], examples: int) -> None:
+    """Refusals are allowed, of less than half of the compositions: a reader that refuses everything keeps nobody."""
+    was_read = []
+
+    @settings(max_examples=examples, derandomize=True, deadline=None)
+    @given(compositions)
+    def check(names: Names) -> None:
+        try:
+            found = subjects_by_name(list(names.persons))
+        except CohortError:
+            was_read.append(False)
+            return
+        was_read.append(True)
+        pairs = {(names.persons[path], subject) for path, subject in found.items()}
+        assert len(pairs) == len({person for person, _ in pairs}) == len({subject for _, subject in pairs}), pairs
+
+    check()
+    assert sum(was_read) > len(was_read) / 2
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
-@given(names())
-def test_one_person_is_one_subject_or_refused(names):
-    assert_one_subject_per_person(names)
+def test_one_person_is_one_subject_or_refused():
+    assert_one_subject_per_person(names(), 200)
 
 
 @pytest.mark.slow
-@settings(max_examples=20_000, derandomize=True, deadline=None)
-@given(names(tuple(form for form in IDENTIFIERS if "{n" in form and "{name}" not in form)))
-def test_many_compositions_of_names_keep_persons_apart(names):
-    assert_one_subject_per_person(names)
+def test_many_compositions_of_names_keep_persons_apart():
+    numbered = tuple(form for form in IDENTIFIERS if "{n" in form and "{name}" not in form)
+    assert_one_subject_per_person(names(numbered), 20_000)

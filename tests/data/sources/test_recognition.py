@@ -94,7 +94,7 @@ def test_every_cohort_can_be_described_without_reading_voxels(layout, name):
     assert set(cohort.mask_columns) >= {"mask"}
 
 
-def test_folders_beside_bids_data_sets_are_not_lost_in_silence(tmp_path, write_scan):
+def test_folders_next_to_bids_data_sets_are_not_lost_in_silence(tmp_path, write_scan):
     write_scan("one/sub-01/anat/sub-01_T1w.nii.gz")
     write_scan("two/patient_T1w.nii.gz")
     cohort = Cohort.read(tmp_path)

@@ -130,7 +130,10 @@ def test_doubt_names_its_readings():
 )
 def test_label_maps_of_tissues_are_not_lesions(name, column):
     assert parse_filename(Path(f"{name}.nii.gz")).label_column == column
-    assert parse_filename(Path("brainmask.mgz")).label_column is None, "FreeSurfer's stripped image"
+
+
+def test_the_stripped_image_of_freesurfer_is_no_label_map():
+    assert parse_filename(Path("brainmask.mgz")).label_column is None
 
 
 def test_a_lesion_comes_before_other_masks():

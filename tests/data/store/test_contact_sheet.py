@@ -162,7 +162,7 @@ def test_a_refused_file_of_another_contrast_or_mask_is_no_flag(tmp_path):
     np.testing.assert_array_equal(_pixels(write_contact_sheet(store, tmp_path / "b.png")), plain)
 
 
-def test_identifiers_are_on_the_page_only_if_asked_for(tmp_path, monkeypatch):
+def test_identifiers_are_on_the_page_only_if_requested(tmp_path, monkeypatch):
     from PIL import ImageDraw
 
     said = []

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import nibabel as nib
 import numpy as np
@@ -50,7 +49,7 @@ def test_store_holds_what_preprocessing_makes(cohort_folder, tmp_path):
     np.testing.assert_array_equal(np.frombuffer(row["pixels"], np.uint8).reshape(3, 32, 32), stack.pixels[3])
 
 
-def test_slices_are_read_in_the_asked_order_and_across_processes(small_store):
+def test_slices_are_read_in_the_requested_order_and_across_processes(small_store):
     rows = np.array([small_store.num_slices - 1, 0, 57, 0, 130])
     pixels = pickle.loads(pickle.dumps(small_store)).read_slices(rows)
     everything = np.concatenate([small_store[i].pixels for i in range(len(small_store))])
@@ -83,18 +82,24 @@ def test_an_unfinished_store_is_gone_on_with(tmp_path, make_cohort, monkeypatch)
     cohort = make_cohort(tmp_path / "cohort", num_subjects=20, contrasts=("T1w",))
     settings = SETTINGS.model_copy(update={"contrasts": ("T1w",)})
     expected = prepare(cohort, tmp_path / "expected", settings).content_hash
-    code = (
-        "import sys; from brainfound import Preprocessing, prepare;"
-        "prepare(sys.argv[1], sys.argv[2], Preprocessing(contrasts=('T1w',), spacing_mm=(4,4,4), size=(32,32)))"
-    )
-    run = subprocess.Popen([sys.executable, "-c", code, str(cohort), str(tmp_path / "store")])
-    first = tmp_path / ".store.partial" / "shard-00000.json"
-    deadline = time.monotonic() + 60
-    while not first.exists() and run.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert not (tmp_path / "store").exists(), "killed too late to test anything"
+    code = """
+import os, signal, sys
+from brainfound import Preprocessing, prepare
+from brainfound.data.store import executors
+
+write = executors.write_shard
+def dies_at_the_second(job):
+    if job.shard.number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(job)
+
+executors.write_shard = dies_at_the_second
+prepare(sys.argv[1], sys.argv[2], Preprocessing(contrasts=("T1w",), spacing_mm=(4, 4, 4), size=(32, 32)))
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(cohort), str(tmp_path / "store")])
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / ".store.partial" / "shard-00000.json").is_file()
+    assert not (tmp_path / "store").exists()
     with pytest.raises(StoreError, match="not complete"):
         Store.open(tmp_path / "store")
     written = []

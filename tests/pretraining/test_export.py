@@ -1,4 +1,4 @@
-"""Exports carry the input contract of what they learnt from."""
+"""What an export of pretraining carries: the input contract of the store that it learnt from."""
 
 from __future__ import annotations
 
