@@ -93,10 +93,10 @@ def _with_contrast_of_folder(name: FileName, place: Folders, image: Path, alone:
     reading = read_file_name([place.contrast.lower(), *words])
     reason, targets = place.reason or reading.reason, find_targets(words)
     if any(map(is_contrast_word, words)):
-        if not targets or name.contrast == UNKNOWN:
+        if not targets:
             return name
         if reading.contrast != place.contrast or targets - {"to", "onto", "in", "on", "space"}:
-            reason = reason or f"{IN_DOUBT}: {place.contrast} or {name.contrast}"
+            reason = reason or name.reason or f"{IN_DOUBT}: {place.contrast} or {name.contrast}"
         return replace(name, contrast=UNKNOWN if reason else reading.contrast, reason=reason)
     lower = split_words(stem(image))
     others = set(split_words(parse_identifier(name.identifier).subject)) - IMAGE_WORDS

@@ -143,6 +143,8 @@ def read_file_name(words: Sequence[str]) -> Reading:
         item for item in items[start:first] if item.kind != "protocol" and item.text not in _AFTER_CONTRAST_ONLY
     ]
     reading = _read([*adjoining, *items[first:]], series=False)
+    if first and items[first - 1] in adjoining and items[first - 1].text in ("to", "onto", "in", "on"):
+        return Reading(UNKNOWN, f"{IN_DOUBT}: the name says a target of registration, and no scan", (), reading.used)
     if visits := [item.text for item in adjoining if item.text in ("pre", "post")]:
         return Reading(UNKNOWN, f"{IN_DOUBT}: {visits[0]!r} may say visits or a contrast agent", (), reading.used)
     begin, end = min(items[first].words), max(items[first].words) + 1

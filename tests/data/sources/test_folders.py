@@ -5,10 +5,107 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from brainfound.contrasts import UNKNOWN
 from brainfound.data.cohort import Cohort
 from brainfound.data.sources.folders import is_scanner, label_folder, names_contrast, read_folders
+from brainfound.data.sources.named_file import describe_file
+from brainfound.data.sources.named_files import _identify_subjects
 from brainfound.errors import CohortError
+
+CONTRAST_FOLDERS = {
+    **{
+        "T1": "T1w",
+        "imagesT2": "T2w",
+        "FLAIR_images": "FLAIR",
+        "t2_flair": "FLAIR",
+        "proton_density": "PDw",
+        "T1_post": "T1ce",
+    },
+    **{
+        "Sagittal_3D_FLAIR": "FLAIR",
+        "FLAIR_to_T1": "FLAIR",
+        "MPRAGE": "T1w",
+        "t1ce": "T1ce",
+        "SWI": "SWI",
+        "TOF": "MRA",
+    },
+}
+SUBJECTS = (
+    "k{n}",
+    "{n:03d}",
+    "sub-{n:02d}",
+    "HC_{n:02d}",
+    "patient_{n}",
+    "IXI{n:03d}-HH-1211",
+    "BraTS2021_{n:05d}",
+    "{n}",
+)
+FOLDER_PATHS = (
+    *("{f}/{i}", "{i}/{f}/{i}", "{f}/{i}/image", "{i}/{f}/image", "{i}/{v}/{f}/{i}", "{f}/{i}_{v}", "{f}/{i}/{v}"),
+    *(
+        "3T/{f}/{i}",
+        "{i}/raw/{f}/{i}",
+        "train/{f}/{i}",
+        "data/{i}/{f}/x",
+        "{f}/registered/{i}",
+        "NYU/{i}/{v}/{f}/image",
+    ),
+)
+ADDITIONS = ("", "_bias", "_to_T1", "_T1space", "_mask", "_FA", "_gd", "_brain", "_reg_FLAIR", "_seg", "_phase", "_xyz")
+
+
+@st.composite
+def folder_names(draw: st.DrawFn) -> dict[Path, tuple[int, str, str]]:
+    """Paths in folders of contrasts, each with its person, the contrast of its folder and what its name adds."""
+    subject, template = draw(st.sampled_from(SUBJECTS)), draw(st.sampled_from(FOLDER_PATHS))
+    folders = draw(st.lists(st.sampled_from(sorted(CONTRAST_FOLDERS)), min_size=1, max_size=3, unique=True))
+    visits = draw(st.sampled_from((("v1", "v2"), ("ses-1", "ses-2"), ("2015-03-04", "2016-05-06"))))
+    visits, addition = visits[: draw(st.integers(1, 2))], draw(st.sampled_from(ADDITIONS))
+    return {
+        Path("root", template.format(i=subject.format(n=person + 1), v=visit, f=folder) + f"{addition}.nii.gz"): (
+            person,
+            CONTRAST_FOLDERS[folder],
+            addition,
+        )
+        for person in range(draw(st.integers(1, 3)))
+        for visit in visits
+        for folder in folders
+    }
+
+
+def assert_contrasts_and_persons(names: dict[Path, tuple[int, str, str]]) -> None:
+    known = {part for path in names for part in path.parts[1:-1]}
+    files = [describe_file(Path("root"), path, known) for path in names]
+    scans = [file for file in files if file.is_scan and file.name.contrast != UNKNOWN]
+    for file in scans:
+        _, contrast, addition = names[file.path]
+        with_agent = {"T1ce"} if addition == "_gd" and contrast == "T1w" else set()
+        assert file.name.contrast in {contrast} - ({"T1w"} if with_agent else set()) | with_agent
+        assert addition not in ("_bias", "_mask", "_FA", "_seg", "_phase")
+        assert addition != "_T1space" or contrast == "T1w"
+    try:
+        found = _identify_subjects(Path("root"), [file for file in files if file in scans or not file.is_scan])
+    except CohortError:
+        return
+    pairs = {(names[file.path][0], identity.subject) for file, identity in found if file.is_scan}
+    assert len(pairs) == len({person for person, _ in pairs}) == len({subject for _, subject in pairs}), pairs
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(folder_names())
+def test_folders_of_contrasts_give_them_to_silent_names_or_leave_doubt(names):
+    assert_contrasts_and_persons(names)
+
+
+@pytest.mark.slow
+@settings(max_examples=5_000, derandomize=True, deadline=None)
+@given(folder_names())
+def test_many_folders_of_contrasts(names):
+    assert_contrasts_and_persons(names)
+
 
 LONI = (
     "ADNI/094_S_9001/{series}/{day}_09_10_11.0/I{image}/"
@@ -172,6 +269,7 @@ def test_results_of_spm_and_cat12_are_no_scans(layout, folder):
         (("PD/007", "HC/007"), "may name a contrast, or not"),
         (("T1_space/007", "T1_space/008"), "may name a contrast, or not"),
         (("FLAIR/007_T1space",), "FLAIR or T1w"),
+        (("k7_to_T1",), "a target of registration, and no scan"),
         (("T1/007_reg_FLAIR",), "T1w or FLAIR"),
         (("T1/FLAIR/007",), "folders of T1w and of FLAIR"),
         (("T1/c1ab",), "mark of SPM"),

@@ -92,6 +92,14 @@ TEMPLATES = (
         "{i}/x_{c}",
     ),
     *("site2/{i}/{v}_{c}", "site2/{i}_{v}_{c}", "{i}/{i}_{v}/{i}_{c}", "{i}/{i}_{c}", "{i}_{c}/{v}_{c}", "{i} {v} {c}"),
+    *(
+        "Skyra/{i}/{c}",
+        "GE_1.5T/{i}_{c}",
+        "preprocessed/{i}/{v}/{c}",
+        "{i}/orig/{c}",
+        "{i}/{v}/raw/{c}",
+        "oslo/{i}/{c}",
+    ),
 )
 
 
