@@ -230,7 +230,7 @@ def parse_filename(path: PurePath) -> FileName:
         reading = Reading(UNKNOWN, f"a label map ({column})")
         dropped |= {i for part, i in parts if part in _WORDS_OF_LABEL_MAPS or f"{part}_mask" == column}
     processing = {i for i, word in enumerate(lower) if word in PROCESSING_WORDS}
-    after = {i for i in range(last, len(lower)) if used and _is_processing_after_contrast(lower[i])}
+    after = {i for i in range(first, len(lower)) if used and _is_processing_after_contrast(lower[i])}
     processing = (processing | after) - dropped
     # A number after the contrast counts repeats (p1_T1_2), unless only it can name the subject (study_T1_01).
     before = [word for i, word in enumerate(lower[:first]) if i not in dropped and word not in PROTOCOL_WORDS]

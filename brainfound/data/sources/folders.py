@@ -60,7 +60,10 @@ _TEMPLATE_FOLDERS = ("fsaverage", "mni152", "icbm152", "mni_icbm152")
 _SPM_MAP = re.compile(r"(?:s\d*)?(?:u_r[cp]\d|i?y_|wj_|[mwr0]{0,3}[cp]\d)(?=[^\W_]{2})(.+)")
 _SPM_COPY = re.compile(r"(?:s\d*)?[mwr]{1,3}(?=[^\W_])(.+)")
 """Names of SPM's maps, and of its moved or corrected copies, before the name of the scan."""
-SPM_MARK = re.compile(r"(?:s\d*)?(?:u_r[cp]\d|i?y_|wj_|(?:[mwr][mwr0]{0,2})?[cp][0-6](?=[a-zA-Z]{2}|[a-zA-Z]\d\d)|wm)")
+SPM_MARK = re.compile(
+    r"(?:s\d*)?(?:u_r[cp]\d|i?y_|wj_|[mwr][mwr0]{0,2}[cp][0-6](?=[a-zA-Z0-9])"
+    r"|[cp][0-6](?=[a-zA-Z]{2}|[a-zA-Z]\d\d)|wm)"
+)
 """How names of SPM's results may begin, where the scan itself is not there."""
 _SPM_FOLDERS = {"mri", "report", "label", "surf"}
 
@@ -145,6 +148,8 @@ def read_folders(parts: Sequence[str], known: Collection[str]) -> Folders:
             column = folder_column
         elif names_contrast(part):
             own = read_scan_name(PurePath(_words_only(part)))
+            if steps := [STEP_RANKS[word] for word in split_words(part) if word in STEP_RANKS]:
+                step, rank = part, max(steps)
             may_name_a_group = _MAYBE_NAMES & set(split_words(part)) and not any(map(has_number, named))
             if own.contrast == UNKNOWN or may_name_a_group or _may_be_no_contrast(part, known):
                 reason = reason or f"{IN_DOUBT}: the folder {part}/ may name a contrast, or not"

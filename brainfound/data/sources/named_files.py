@@ -32,6 +32,7 @@ from brainfound.data.sources.folders import (
     find_templates,
     find_time_points,
     is_container,
+    label_folder,
     names_contrast,
     read_folders,
 )
@@ -63,10 +64,14 @@ _SPLITS = {
 
 def can_read(path: Path) -> bool:
     """Whether a folder has an image whose name, or whose folder, states a contrast or leaves doubt about it."""
-    return path.is_dir() and any(
-        _says_contrast(parse_filename(file)) or any(map(names_contrast, file.relative_to(path).parts[:-1]))
-        for file in iter_images(path, [])
-    )
+    if not path.is_dir():
+        return False
+    for file in iter_images(path, []):
+        name, folders = parse_filename(file), file.relative_to(path).parts[:-1]
+        in_contrast = name.label_column is None and any(map(names_contrast, folders))
+        if _says_contrast(name) or (in_contrast and not any(map(label_folder, folders))):
+            return True
+    return False
 
 
 def read(path: Path, work: Path | None = None) -> SourceTable:

@@ -153,7 +153,7 @@ PROCESSING_WORDS = _words(
     " coronal 2d 3d iso 1mm 2mm ras lps unstripped native biascorr biascorrected restore stx pp"
 )
 """Words of processing, which say nothing of a subject or a contrast."""
-PROCESSING_AFTER_CONTRAST = PUBLIC_TEMPLATES | {"acpc", "dc"}
+PROCESSING_AFTER_CONTRAST = PUBLIC_TEMPLATES | {"acpc", "dc", "middle"}
 """The same, behind a contrast; before it, they may name a subject."""
 IMAGE_WORDS = _words("image img scan volume vol mri brain data nifti")
 """Words that may be all of a file's name, and name nobody."""

@@ -12,7 +12,7 @@ from brainfound.contrasts import UNKNOWN
 from brainfound.data.cohort import Cohort
 from brainfound.data.sources.folders import is_scanner, label_folder, names_contrast, read_folders
 from brainfound.data.sources.named_file import describe_file
-from brainfound.data.sources.named_files import _identify_subjects
+from brainfound.data.sources.named_files import _identify_subjects, can_read
 from brainfound.errors import CohortError
 
 CONTRAST_FOLDERS = {
@@ -157,6 +157,11 @@ def read_first(cohort: Cohort) -> dict[tuple[str, str], dict[str, str]]:
             ("T1w/sub-7", "FLAIR/sub-7", "gm_masks/sub-7_mask"),
             {("sub-7", "1"): {"T1w": "T1w/sub-7", "FLAIR": "FLAIR/sub-7", "gm_mask": "gm_masks/sub-7_mask"}},
         ),
+        (
+            ("007/t2_time01_on_middle_space", "007/t2_time02_on_middle_space"),
+            {("007", f"time0{visit}"): {"T2w": f"007/t2_time0{visit}_on_middle_space"} for visit in (1, 2)},
+        ),
+        (("T2/k7", "T2_registered/k7", "T2_mni/k7"), {("k7", "1"): {"T2w": "T2_registered/k7"}}),
         (("FLAIR/7_to_T1", "FLAIR/8_to_T1"), {(k, "1"): {"FLAIR": f"FLAIR/{k}_to_T1"} for k in ("7", "8")}),
         # scanners, wrappers and kinds of data
         (
@@ -273,6 +278,7 @@ def test_results_of_spm_and_cat12_are_no_scans(layout, folder):
         (("T1/007_reg_FLAIR",), "T1w or FLAIR"),
         (("T1/FLAIR/007",), "folders of T1w and of FLAIR"),
         (("T1/c1ab",), "mark of SPM"),
+        (("T1/mwp1k7", "T1/mwp1k8"), "mark of SPM"),
         (("k7/T1/k7_AFI", "k7/T1/k7_B1"), "may say what an image of T1w shows"),
         (("T2/7_bias",), "may say what an image of T2w shows"),
         (("k7_T1", "mk7_T1"), "prefix of processing"),
@@ -296,3 +302,9 @@ def test_what_one_folder_says():
     folders = ("brain_masks", "ground_truth", "tumor_segmentation", "FLAIR_masks", "lesions", "masks_anna")
     assert [label_folder(name) for name in folders] == ["brain_mask", "mask", "mask", "mask", None, None]
     assert read_folders(("disc1", "OAS1_0777_MR2", "RAW"), ()).named == ("OAS1_0777_MR2",)
+
+
+def test_a_label_map_in_the_folder_of_a_dicom_series_is_no_scan(layout):
+    root = layout("k7/FLAIR/lesion.nii.gz", "k7/FLAIR/masks/k7.nii.gz")
+    assert not can_read(root)
+    assert can_read(layout("k7/FLAIR/k7.nii.gz"))
