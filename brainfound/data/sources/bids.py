@@ -48,7 +48,7 @@ from brainfound.data.sources.tables import (
 from brainfound.errors import CohortError
 
 _SESSION_TABLES = "sub-*_sessions.tsv"
-_NATIVE_SPACES = {"", "orig", "native", "individual", "t1w", "t2w", "flair"}
+_NATIVE_SPACES = {"", "orig", "native", "individual", "t1w", "t2w", "flair", "dwi", "trace", "adc", "swi"}
 """Values of ``space-`` for the acquired grid, or for that of another scan of the same subject."""
 _SESSION = ("subject", "session")
 _NO_SCANS = "the BIDS folder holds no scans of a known contrast"

@@ -22,6 +22,7 @@ from brainfound.data.sources.word_table import (
     LESION_WORDS,
     NOT_A_LESION_MAP,
     PARCELLATIONS,
+    PROCESSING_AFTER_CONTRAST,
     PROCESSING_WORDS,
     STRUCTURES,
 )
@@ -205,20 +206,28 @@ def parse_filename(path: PurePath) -> FileName:
     if column:
         reading = Reading(UNKNOWN, f"a label map ({column})")
         dropped |= {i for part, i in parts if part in _WORDS_OF_LABEL_MAPS or f"{part}_mask" == column}
-    processing = {i for i, word in enumerate(lower) if word in PROCESSING_WORDS} - dropped
+    processing = {i for i, word in enumerate(lower) if word in PROCESSING_WORDS}
+    after = {i for i in range(first, len(lower)) if used and _is_processing_after_contrast(lower[i])}
+    processing = (processing | after) - dropped
     # A number after the contrast counts repeats (p1_T1_2), unless only it can name the subject (study_T1_01).
     before = [word for i, word in enumerate(lower[:first]) if i not in dropped and word not in PROTOCOL_WORDS]
     has_number = any(re.search(r"\d", word) for word in before)
     repeats: set[int] = set()
     for i in range(last, len(words)):
         # Behind another word, a number is part of an identifier or of a date (7_T1_hc_01, 7_T1_2019-03).
-        if has_number and _REPEAT.fullmatch(lower[i]) and i - 1 in dropped | processing | repeats:
+        is_repeat = _REPEAT.fullmatch(lower[i]) or re.sub(r"(?<=[a-z]{3})\d$", "", lower[i]) in PROTOCOL_WORDS
+        if has_number and is_repeat and i - 1 in dropped | processing | repeats:
             repeats.add(i)
     kept = [i for i in range(len(words)) if i not in dropped | processing | repeats]
-    num_additional = len(processing) + len(repeats) + len(used)
+    num_glued = sum(re.match(r"[23]d\w", lower[i]) is not None for i in used)  # 3DT1 next to T1
+    num_additional = len(processing) + len(repeats) + len(used) + num_glued
     order = (rank, num_additional, natural_sort_key(name))
     silent = reading.reason == NO_CONTRAST
     return FileName(reading.contrast, reading.reason, column, silent, _join_words(name, words, kept), order)
+
+
+def _is_processing_after_contrast(word: str) -> bool:
+    return word in PROCESSING_AFTER_CONTRAST or re.fullmatch(r"\d\.\d+(?:mm)?", word) is not None
 
 
 def _label_parts(word: str) -> list[str]:
@@ -227,7 +236,7 @@ def _label_parts(word: str) -> list[str]:
     >>> _label_parts("BrainExtractionMask"), _label_parts("lesionmap"), _label_parts("aparc+aseg")
     (['brain', 'extraction', 'mask'], ['lesion', 'mask'], ['aparc', 'aseg'])
     """
-    parts = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z]{2})|\+", " ", word).lower().split()
+    parts = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z]{2})|\+|(?<=^[tT][12])(?=lesion|tumou?r)", " ", word).lower().split()
     glued = [re.fullmatch(r"(.{2,}?)(?:masks?|segs?|maps?|labels?)", part) for part in parts]
     return [
         piece

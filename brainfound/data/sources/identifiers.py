@@ -66,10 +66,13 @@ _PUBLIC_FORMS = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         r"(?P<subject>BraTS-(?:[A-Z]+-)+\d+)-(?P<session>\d{1,3})",
-        r"(?P<subject>BraTS(?:20)?\d\d(?:_[A-Z]+\d*|_2013)*_\d{1,5}(?:_1)?)",
+        r"(?P<subject>BraTS(?:20)?\d\d(?:_[A-Z]+\d*|_2013)+_\d{1,5}(?:_1)?)",  # up to 2020, by institution
+        r"(?P<subject>BraTS(?:20)?\d\d_\d{1,5})",
         r"(?P<subject>IXI\d{3})-(?P<site>Guys|HH|IOP)-\d{4}",
         r"(?P<subject>UPENN-GBM-\d{5})_(?P<session>\d{2})",
         r"(?P<subject>UCSF-PDGM-\d{3,5})(?:_(?P<session>FU[A-Z0-9]+))?(?:_nifti)?",
+        r"(?:ADNI|PPMI|AIBL)_(?P<subject>[\dS_]+?)_MR_.*_S\d+_I\d+",  # names of the archives of LONI
+        r"(?P<subject>(?:OASIS-TRT-20|NKI-RS-22|NKI-TRT-20|MMRR-21|HLN-12|Twins-2|MMRR-3T7T-2|Afterthought)-\d+)",
         r"(?P<subject>OAS[12]_\d{4})_(?P<session>MR\d+)(?:[_-].*)?",
         r"(?P<subject>OAS[34]\d{4})_(?:[A-Z]+_)?(?P<session>d\d{4})",
         r"(?:ADNI_)?(?P<subject>\d{3}_S_\d{4})(?:_(?P<session>.+))?",

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,37 +24,37 @@ from brainfound.data.sources.file_names import (
     is_contrast_name,
     iter_files,
     iter_images,
-    natural_sort_key,
     parse_filename,
     split_words,
 )
+from brainfound.data.sources.folders import (
+    find_results,
+    find_templates,
+    find_time_points,
+    is_container,
+    label_folder,
+    names_contrast,
+    read_folders,
+)
 from brainfound.data.sources.identifiers import (
+    YEAR,
     SubjectIdentity,
     could_be_subject,
     has_number,
     is_group,
     is_long_number,
     is_session_name,
-    keep_words,
     parse_identifier,
 )
+from brainfound.data.sources.named_file import NamedFile, describe_file, without_words
 from brainfound.data.sources.persons import find_doubt
 from brainfound.data.sources.tables import LabelMapRow, SourceLayout, SourceTable, join_label_maps, sort_by_session
 from brainfound.data.sources.words import IN_DOUBT
 from brainfound.errors import CohortError
 
-_SKIPPED_FOLDERS = {
-    *("anat", "brains", "data", "dataset", "derivatives", "dicom", "gz", "hgg", "images", "imagestr"),
-    *("imagests", "img", "lgg", "label", "labels", "labelstr", "labelsts", "mask", "masks", "mr", "mri"),
-    *("nifti", "niftis", "nii", "raw", "scans", "seg", "segmentations", "fast", "first", "sienax", "vbm"),
-    *("transforms", "lesions", "test", "testing", "train", "training", "val", "validation"),
-}
-"""Folders that never name a subject; folders named after a contrast do not either."""
-_LABEL_FOLDERS = {"label", "labels", "labelstr", "labelsts", "mask", "masks", "seg", "segmentations"}
+_ISBI_VISIT = re.compile(r"((?:training|test)\d\d)/\1_(\d\d)")
+"""Visits of the ISBI challenge of 2015."""
 _ENDS_WITH_NUMBER = re.compile(r"[_\-. ]0\d$")
-_TEMPLATE_FOLDERS = ("fsaverage", "mni152", "icbm152", "mni_icbm152")
-_PROTOCOL_OPTION = re.compile(r"[pe]\d")
-"""Acceleration and echo: ``p2`` after a contrast, where it is no subject."""
 _SPLITS = {
     **dict.fromkeys(("train", "training", "imagestr", "labelstr"), "train"),
     **dict.fromkeys(("test", "testing", "imagests", "labelsts"), "test"),
@@ -63,42 +62,43 @@ _SPLITS = {
 }
 
 
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    outer: tuple[str, ...]
-    """Folders above the subject's folder."""
-    folders: tuple[str, ...]
-    """Folders that may name the subject and the session."""
-    name: FileName
-    identity: SubjectIdentity
-    """The subject that the file's name gives."""
-
-    @property
-    def is_scan(self) -> bool:
-        return self.name.label_column is None
-
-
 def can_read(path: Path) -> bool:
-    """Whether a folder has an image whose name states a contrast, or leaves doubt about it."""
-    return path.is_dir() and any(_says_contrast(parse_filename(file)) for file in iter_images(path, []))
+    """Whether a folder has an image whose name, or whose folder, states a contrast or leaves doubt about it."""
+    if not path.is_dir():
+        return False
+    for file in iter_images(path, []):
+        name, folders = parse_filename(file), file.relative_to(path).parts[:-1]
+        in_contrast = name.label_column is None and any(map(names_contrast, folders))
+        if _says_contrast(name) or (in_contrast and not any(map(label_folder, folders))):
+            return True
+    return False
 
 
 def read(path: Path, work: Path | None = None) -> SourceTable:
     """Read scans and label maps by name; names of public data sets and session words (v2, baseline) are recognised."""
     unused: UnusedFiles = []
     files = []
-    for image in iter_images(path, unused):
-        if any(part.lower().startswith(_TEMPLATE_FOLDERS) for part in image.relative_to(path).parts[:-1]):
+    images = list(iter_images(path, unused))
+    results = find_results(images)
+    relative = [image.relative_to(path).parent for image in images]
+    templates, known = find_templates(relative), {part for folders in relative for part in folders.parts}
+    time_points, num_images = find_time_points(images), Counter(image.parent for image in images)
+    for image, folders in zip(images, relative, strict=True):
+        if templates.intersection(folders.parts):
             unused.append((image, "a template"))
             continue
-        file = _describe(path, image)
+        if image in results:
+            unused.append((image, f"made by SPM or CAT12 of {results[image].name}"))
+            continue
+        alone = num_images[image.parent] == 1
+        file = replace(describe_file(path, time_points.get(image, image), known, alone), path=image)
         if file.is_scan and file.name.contrast == UNKNOWN:
             unused.append((image, file.name.reason))
         else:
             files.append(file)
     if not any(file.is_scan for file in files):
-        reason = next(reason for file, reason in unused if _says_contrast(parse_filename(file)))
+        reasons = [reason for _, reason in unused]
+        reason = next((reason for reason in reasons if reason.startswith(IN_DOUBT)), reasons[0] if reasons else None)
         remedy = "Write a manifest with the columns subject, session, contrast, path"
         raise CohortError("no name states the contrast of its image", where=path.name, got=reason, remedy=remedy)
     # DICOM files often have no suffix or a numeric one (1.2.840.113); other files need not be opened.
@@ -111,18 +111,20 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     identified = _identify_subjects(path, files)
     rows: list[dict[str, Any]] = []
     label_maps: list[LabelMapRow] = []
-    for file, subject in sorted(identified, key=lambda pair: (pair[0].name.order, natural_sort_key(pair[0].path))):
+    for file, subject in sorted(identified, key=lambda pair: pair[0].order):
         key = (subject.subject, subject.session or "1")
         if file.name.label_column is None:
             row = {"subject": key[0], "session": key[1], "contrast": file.name.contrast}
             rows.append({**row, "path": str(file.path), "site": subject.site})
         else:
             label_maps.append((file.name.label_column, key, file.path))
-    sort_by_session(rows, lambda file: parse_filename(file).order)
+    orders = {file.path: file.order for file in files}
+    sort_by_session(rows, lambda file: orders[file])
     table = pd.DataFrame(rows)
     doubts = Counter(reason for _, reason in unused if reason.startswith(IN_DOUBT))
     notes = [f"{count} images are not used, {reason}; a manifest can say it" for reason, count in doubts.items()]
     columns = join_label_maps(table, label_maps, unused, notes)
+    notes += _notes_on_steps(identified)
     notes += ["subjects and visits were read from names; write a manifest if that is wrong"]
     return SourceTable(table, path, LAYOUT.name, columns, notes, unused)
 
@@ -136,74 +138,60 @@ def _says_contrast(name: FileName) -> bool:
     return name.label_column is None and not name.is_silent
 
 
-def _describe(root: Path, image: Path) -> _File:
-    name = parse_filename(image)
-    parts = image.relative_to(root).parts[:-1]
-    if name.label_column is None and any(part.lower() in _LABEL_FOLDERS for part in parts):
-        name = replace(name, contrast=UNKNOWN, label_column="mask")
-    folders = tuple(part for part in parts if not _is_skipped_folder(part))
-    outer = parts[: parts.index(folders[0])] if folders else parts
-    in_subject = bool(folders) and parse_identifier(folders[-1]).subject != "" and not is_session_name(folders[-1])
-    is_last = stem(image).endswith(name.identifier)
-    # A repeat number (p1/T1_2.nii.gz) or that of a series (p1/2_T1.nii.gz), but berlin/2_T1.nii.gz may be a person.
-    if (
-        in_subject
-        and re.fullmatch(r"\d{1,2}", name.identifier)
-        and (is_last or (has_number(folders[-1]) and not folders[-1].isdecimal()))
-    ):
-        name = replace(name, identifier="")
-    identity = parse_identifier(name.identifier)
-    if not identity.certain:
-        identity = _without_words_after_contrast(identity, image)
-    return _File(image, outer, folders, name, identity)
+def _notes_on_steps(identified: list[tuple[NamedFile, SubjectIdentity]]) -> list[str]:
+    """A note on copies of one scan in folders of several processing steps, and on the order of their use."""
+    ranks: dict[tuple[str, str | None, str], set[int]] = defaultdict(set)
+    for file, subject in identified:
+        if file.is_scan:
+            ranks[subject.subject, subject.session, file.name.contrast].add(file.place.rank)
+    num_copied = sum(len(found) > 1 for found in ranks.values())
+    order = "registered or corrected ones come first, then acquired ones, then those in the space of a template"
+    return [f"{num_copied} scans lie in folders of several processing steps; {order}"] if num_copied else []
 
 
-def _is_skipped_folder(folder: str) -> bool:
-    return is_contrast_name(folder) or all(
-        word in _SKIPPED_FOLDERS or is_contrast_name(word) for word in split_words(folder)
-    )
-
-
-def _without_words_after_contrast(identity: SubjectIdentity, image: Path) -> SubjectIdentity:
-    """After a subject's number and a contrast, words belong to the protocol: ``p1_t1_xyz`` is ``p1``."""
-    words, remaining = split_words(stem(image)), list(split_words(identity.subject))
-    contrasts = [i for i in range(1, len(words)) if is_contrast_name(words[i]) and has_number("_".join(words[:i]))]
-    after = words[contrasts[0] + 1 :] if contrasts else ()
-    dropped = set()
-    for word in reversed(after):
-        if len(remaining) > 1 and word == remaining[-1]:
-            dropped.add(remaining.pop())
-    if not has_number("_".join(remaining)):
-        return identity
-    # The number of "hc_01" in "7_t1_hc_01", which looks like the number of a repeat, may be a person's.
-    numbers = tuple(b for a, b in pairwise(after) if a in dropped and b.isdecimal() and b not in dropped)
-    identity = _without_words(identity, len(remaining))
-    return replace(identity, words=(*identity.words, *numbers))
-
-
-def _without_words(identity: SubjectIdentity, number: int) -> SubjectIdentity:
-    """The subject's first words only. Other words become `SubjectIdentity.words`; other numbers may be people."""
-    others = split_words(identity.subject)[number:]
-    if any(re.search(r"\d", word) and not _PROTOCOL_OPTION.fullmatch(word) for word in others):
-        return identity
-    return replace(identity, subject=keep_words(identity.subject, number), words=(*identity.words, *others))
-
-
-def _identify_subjects(root: Path, files: list[_File]) -> list[tuple[_File, SubjectIdentity]]:
+def _identify_subjects(root: Path, files: list[NamedFile]) -> list[tuple[NamedFile, SubjectIdentity]]:
     """The subject and the session of each file; CohortError if one person may be two subjects, or two people one."""
-    depths = {len(file.folders) for file in files}
+    scans = [file for file in files if file.is_scan]
+    depths = {len(file.folders) for file in scans}
     if len(depths) > 1:
         _refuse("the images lie at different depths", " and ".join(f"{depth} folders down" for depth in sorted(depths)))
-    if max(depths, default=0) > 2:
-        _refuse("the images lie too deep", f"{'/'.join(files[0].folders)}/")
+    depth = max(depths, default=0)
+    if depth > 2:
+        _refuse("the images lie too deep", f"{'/'.join(scans[0].folders)}/")
     readers = {0: _subjects_from_names, 1: _subjects_from_folders, 2: _subjects_from_two_folders}
-    identified = list(zip(files, readers[max(depths, default=0)](root, files), strict=True))
+    level = [file for file in files if len(file.folders) == depth]
+    identified = list(zip(level, readers[depth](root, level), strict=True))
+    identified = [(file, _with_site(file, identity)) for file, identity in identified]
+    _require_one_group(identified)
+    identified += [(file, _subject_of_map(file)) for file in files if len(file.folders) != depth]
     _require_unique_scans(identified)
     _require_unambiguous(identified)
     return identified
 
 
-def _subjects_from_names(root: Path, files: list[_File]) -> list[SubjectIdentity]:
+def _with_site(file: NamedFile, identity: SubjectIdentity) -> SubjectIdentity:
+    return identity if identity.site else replace(identity, site=file.place.site)
+
+
+def _subject_of_map(file: NamedFile) -> SubjectIdentity:
+    """The subject of a label map that lies higher or deeper than the scans: by its name, or else by its folders."""
+    if file.identity.subject or not file.folders:
+        return file.identity
+    home = parse_identifier("_".join(file.folders))
+    return replace(home, session=home.session or file.identity.session)
+
+
+def _require_one_group(identified: list[tuple[NamedFile, SubjectIdentity]]) -> None:
+    """Refuse a name in two groups: ``Prisma/p1`` and ``Skyra/p1`` may be two subjects, or one at two scanners."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for file, identity in identified:
+        own = tuple(part for part in file.place.groups if not is_container(part))
+        if file.is_scan and not identity.certain and (other := groups.setdefault(identity.subject, own)) != own:
+            folders = ", ".join(sorted({"/".join(other), "/".join(own)}))
+            _refuse("folders of one name lie in several groups", f"{identity.subject!r} in {folders}")
+
+
+def _subjects_from_names(root: Path, files: list[NamedFile]) -> list[SubjectIdentity]:
     empty = [not file.identity.subject for file in files]
     visits = [not file.identity.subject and file.identity.session is not None for file in files]
     if any(visits) and not all(visits):
@@ -226,7 +214,7 @@ def _subject_from_root(root: Path) -> SubjectIdentity:
     for folder in (root, *root.parents[:2]):
         if is_session_name(folder.name) and not session:
             session = folder.name
-        elif not _is_skipped_folder(folder.name):
+        elif read_folders((folder.name,), ()).named:
             if folder != root and not re.search(r"\d", folder.name):
                 break
             subject = parse_identifier(folder.name)
@@ -234,7 +222,7 @@ def _subject_from_root(root: Path) -> SubjectIdentity:
     _refuse("the files and their folder name no subject", root.name)
 
 
-def _subjects_from_folders(root: Path, files: list[_File]) -> list[SubjectIdentity]:
+def _subjects_from_folders(root: Path, files: list[NamedFile]) -> list[SubjectIdentity]:
     """Either each folder is a subject, whether or not its files repeat the name, or the files name their subjects."""
     homes = {file.folders[0]: parse_identifier(file.folders[0]) for file in files}
     visits = [folder for folder, home in homes.items() if not home.subject]
@@ -243,6 +231,8 @@ def _subjects_from_folders(root: Path, files: list[_File]) -> list[SubjectIdenti
             _refuse("some folders name a visit and others a subject", ", ".join(f"{folder}/" for folder in visits[:3]))
         subjects = _subjects_from_names(root, files)
         return [replace(one, session=file.folders[0]) for one, file in zip(subjects, files, strict=True)]
+    if len(homes) > 1 and all(re.fullmatch(YEAR, folder) for folder in homes):
+        _refuse("the folders may be years or subjects", ", ".join(f"{folder}/" for folder in homes))
     foreign: dict[str, set[str]] = defaultdict(set)  # subjects of names that do not match their folder
     for file in files:
         home = homes[file.folders[0]]
@@ -266,9 +256,11 @@ def _subjects_from_folders(root: Path, files: list[_File]) -> list[SubjectIdenti
             if own.subject not in foreign[folder] and file.is_scan:
                 _refuse("some files are named by their subject and others by their folder", file.path.name)
             identities.append(own)
+        elif visit := _ISBI_VISIT.fullmatch(f"{folder}/{own.subject}"):
+            identities.append(replace(home, session=visit.group(2)))
         elif _extends(own, home):
             is_person = has_number(home.subject) and not own.certain
-            own = _without_words(own, len(split_words(home.subject))) if is_person else own
+            own = without_words(own, len(split_words(home.subject))) if is_person else own
             identities.append(replace(own, session=own.session or home.session))
         else:
             if is_session_name(own.subject) and could_be_subject(own.subject, "" if is_group(folder) else folder):
@@ -294,7 +286,7 @@ def _is_protocol_of(own: SubjectIdentity, home: SubjectIdentity) -> bool:
     return is_person and not own.certain and not re.search(r"\d", own.subject)
 
 
-def _require_several_persons(files: list[_File], foreign: dict[str, set[str]]) -> None:
+def _require_several_persons(files: list[NamedFile], foreign: dict[str, set[str]]) -> None:
     """Refuse folders whose files may belong to one person: they must be a group, or repeat a contrast by subject."""
     for folder, subjects in foreign.items():
         scans = [file for file in files if file.is_scan and file.folders[0] == folder]
@@ -306,7 +298,7 @@ def _require_several_persons(files: list[_File], foreign: dict[str, set[str]]) -
             _refuse("the names in a folder may be subjects, or series of one", f"{', '.join(sorted(subjects))}")
 
 
-def _require_numbers(files: list[_File], homes: dict[str, SubjectIdentity]) -> None:
+def _require_numbers(files: list[NamedFile], homes: dict[str, SubjectIdentity]) -> None:
     """Refuse several names without a number in a folder: ``anna/anna_abc`` may be a protocol or a person."""
     names: dict[str, set[str]] = defaultdict(set)
     for file in files:
@@ -318,7 +310,7 @@ def _require_numbers(files: list[_File], homes: dict[str, SubjectIdentity]) -> N
             _refuse("the names in a folder may be subjects, or protocols of one", f"{', '.join(sorted(subjects))}")
 
 
-def _subjects_from_two_folders(root: Path, files: list[_File]) -> list[SubjectIdentity]:
+def _subjects_from_two_folders(root: Path, files: list[NamedFile]) -> list[SubjectIdentity]:
     identities = [_subject_from_two_folders(file) for file in files]
     uppers: dict[str, set[str]] = defaultdict(set)
     for file, identity in zip(files, identities, strict=True):
@@ -330,7 +322,7 @@ def _subjects_from_two_folders(root: Path, files: list[_File]) -> list[SubjectId
     return identities
 
 
-def _subject_from_two_folders(file: _File) -> SubjectIdentity:
+def _subject_from_two_folders(file: NamedFile) -> SubjectIdentity:
     """``<subject>/<session>/``, ``<session>/<subject>/``, or ``site1/<subject>/`` if the upper folder is a group."""
     upper, lower = file.folders
     above, below, both = (parse_identifier(name) for name in (upper, lower, f"{upper}_{lower}"))
@@ -342,7 +334,7 @@ def _subject_from_two_folders(file: _File) -> SubjectIdentity:
     words = () if fits else split_words(own.subject)
     if both.certain and both.session and not below.certain:
         return both
-    if is_group(upper) and not is_session and not lower.isdecimal():
+    if is_group(upper) and (not is_session or lower.isdecimal()):
         return replace(below, session=below.session or own.session, site=below.site or upper, words=words)
     if is_session and could_be_subject(lower, "" if is_group(upper) else upper):
         _refuse("the folders may be visits or subjects", f"{upper}/{lower}/")
@@ -365,7 +357,7 @@ def _matches_folder(own: SubjectIdentity, home: SubjectIdentity) -> bool:
     return not words or is_session_name(own.subject) or (shorter > 0 and words[:shorter] == folder[:shorter])
 
 
-def _require_unambiguous(identified: list[tuple[_File, SubjectIdentity]]) -> None:
+def _require_unambiguous(identified: list[tuple[NamedFile, SubjectIdentity]]) -> None:
     """Refuse names that may be two subjects or two sessions of one subject."""
     if doubt := find_doubt([identity for file, identity in identified if file.is_scan]):
         _refuse(*doubt)
@@ -380,7 +372,7 @@ def _require_unambiguous(identified: list[tuple[_File, SubjectIdentity]]) -> Non
                 _refuse("words next to a number may name a protocol or a person", f"{got} of {identity.subject}")
 
 
-def _require_shared_contrasts(identified: list[tuple[_File, SubjectIdentity]]) -> None:
+def _require_shared_contrasts(identified: list[tuple[NamedFile, SubjectIdentity]]) -> None:
     """Refuse subjects that may be parts of one name (``anna_301_T1``, ``anna_501_flair``, ``T1_abc_01``).
 
     Subjects of a group have contrasts in common; the scans of one person, named by protocol or by the number of the
@@ -401,7 +393,7 @@ def _require_shared_contrasts(identified: list[tuple[_File, SubjectIdentity]]) -
             _refuse("the names may be subjects, or series of one", " and ".join(subjects))
 
 
-def _number_after_contrast(file: _File, identity: SubjectIdentity) -> tuple[str, ...]:
+def _number_after_contrast(file: NamedFile, identity: SubjectIdentity) -> tuple[str, ...]:
     """The subject's words after the contrast, from the last with a number: ``01`` of ``T1_abc_01``."""
     words = split_words(stem(file.path))
     contrasts = [i for i, word in enumerate(words) if is_contrast_name(word)]
@@ -411,21 +403,21 @@ def _number_after_contrast(file: _File, identity: SubjectIdentity) -> tuple[str,
     return tuple(kept[numbered[-1] :]) if numbered else ()
 
 
-def _require_unique_scans(identified: list[tuple[_File, SubjectIdentity]]) -> None:
+def _require_unique_scans(identified: list[tuple[NamedFile, SubjectIdentity]]) -> None:
     """Refuse a name in two folders: ``train/p1`` and ``test/p1`` may be two subjects, ``raw/p1`` and ``reg/p1`` one."""
     outer_folders: dict[tuple[str, str, str], tuple[str, ...]] = {}
     contrast_folders: dict[tuple[str, str, str], str] = {}
     numbered: dict[tuple[str, str, str], str] = {}
     splits: dict[str, str] = {}
     for file, subject in identified:
-        for split in {_SPLITS[part.lower()] for part in file.outer if part.lower() in _SPLITS}:
+        for split in {_SPLITS[part.lower()] for part in file.place.groups if part.lower() in _SPLITS}:
             if splits.setdefault(subject.subject, split) != split:
                 _refuse("one name is in training and in test or validation", subject.subject)
         if file.is_scan:
             key = (subject.subject, subject.session or "1", file.name.contrast)
-            other = outer_folders.setdefault(key, file.outer)
-            if other != file.outer:
-                folders = " and ".join(f"{'/'.join(outer)}/" for outer in (other, file.outer))
+            other = outer_folders.setdefault(key, file.place.groups)
+            if other != file.place.groups:
+                folders = " and ".join(f"{'/'.join(groups)}/" for groups in (other, file.place.groups))
                 _refuse("the same scan of one name lies in several folders", f"{subject.subject!r} in {folders}")
             if _ENDS_WITH_NUMBER.search(stem(file.path)):
                 other_name = numbered.setdefault(key, file.path.name)

@@ -7,8 +7,8 @@ Words are in lower case. A hyphen stands where a name may be divided: ``dark-flu
 from __future__ import annotations
 
 CONTRAST_WORDS = {
-    "T1w": "mprage mp-rage memprage spgr fspgr bravo tfl mp2rage t1-weighted uni-images mr-mpr mr1-mpr mr2-mpr mr-mt1"
-    " mpr-n4-anon mpr-1-anon mpr-2-anon mpr-3-anon mpr-4-anon st1w",
+    "T1w": "mprage mp-rage memprage spgr fspgr bravo tfl mp2rage t1-weighted uni-images mr-mpr mr-mt1"
+    " mpr-n4-anon mpr-1-anon mpr-2-anon mpr-3-anon mpr-4-anon mpr-1-nifti mpr-2-nifti mpr-3-nifti mpr-4-nifti st1w",
     "T1ce": "t1gad t1gado t1wks",
     "T2w": "t2-weighted st2w",
     "FLAIR": "dark-fluid darkfl da-fl t2-fluid",
@@ -79,6 +79,7 @@ WORDS = {
     " phase-contrast phasenkontrast"
     " veno venous veineuse venography venogram",
     "a template or phantom": "template template0 atlas phantom acr",
+    "an image with a hole": "voided",
     "a picture": "overlay mesh edges edge contour contours kontur rtstruct rtss screenshot render rendering",
     "another part of the body": "hws bws lws rachis lombaire columna orbita orbit orbits knie leber lunge mrcp myelo"
     " spine cspine tspine lspine c-sp t-sp l-sp ls spinal cervical thoracic lumbar sacral neck hals knee shoulder"
@@ -121,7 +122,7 @@ NOT_A_LESION_MAP = _words("filled filling inpainted protocol protokoll study stu
 BRAIN_WORDS = _words("brain bet hdbet synthstrip skullstrip stripped skullstripped head nonbrain")
 PARCELLATIONS = _words(
     "aseg aparc wmparc synthseg pveseg firstseg fastseg subcort aal dkt atlas malpem parcellation parcellated parc"
-    " schaefer"
+    " schaefer dkt31 dkt25"
     " hipposf hipposflabels brainstemss brainstemsslabels nuclei thalamicnuclei"
 )
 STRUCTURES = {
@@ -147,7 +148,58 @@ LABEL_QUALIFIERS = _words("consensus manual automatic auto expert ground truth f
 
 PROCESSING_WORDS = _words(
     "brain stripped skullstripped ss bet defaced defacing reg registered coreg coregistered bias corrected n4 mni"
-    " preproc preprocessed norm normalized normalised crop cropped raw orig original ax axial tra sag sagittal cor"
+    " preproc preprocessed anonymized anonymised norm normalized normalised crop cropped raw orig"
+    " original ax axial tra sag sagittal cor"
     " coronal 2d 3d iso 1mm 2mm ras lps unstripped native biascorr biascorrected restore stx pp"
 )
 """Words of processing, which say nothing of a subject or a contrast."""
+PROCESSING_AFTER_CONTRAST = PUBLIC_TEMPLATES | {"acpc", "dc", "middle"}
+"""The same, behind a contrast; before it, they may name a subject."""
+IMAGE_WORDS = _words("image img scan volume vol mri brain data nifti")
+"""Words that may be all of a file's name, and name nobody."""
+
+# Words of folders
+
+CONTAINER_WORDS = _words(
+    "anat brains data dataset derivatives dicom gz hgg images imagestr imagests image img lgg label labels labelstr"
+    " labelsts mask masks mr mri nifti niftis nii scans seg segmentations fast first sienax vbm transforms lesions test"
+    " testing train training val validation structural volumes files roi rois automated results result output"
+    " fsl spm cat12"
+)
+"""Words of folders that never name a subject."""
+FORM_WORDS = _words("image images img imgs nifti niftis nii files volumes structural scans mri mr anat")
+"""Those that say nothing of the images in them; one name in two such folders is one subject's."""
+DATA_TYPE_WORDS = _words("anat func dwi rest nifti fmap perf swi")
+"""Kinds of data, which may have a number inside a subject's folder: ``anat_1``."""
+DATA_SET_WORDS = _words(
+    "dataset datasets data release challenge trainingdata testdata testingdata validationdata cohort study collection"
+    " adni adni1 adni2 adni3 adnigo ppmi aibl ixi oasis oasis1 oasis2 oasis3 oas1 oas2 oas3 abide abidei abideii"
+    " abide2 adhd200 fcon1000 corr hcp camcan nfbs lpba40 mindboggle atlas brats miccai msseg msseg2016 isbi isles wmh"
+    " mrbrains mrbrains13 mrbrains18 upenn ucsf rembrandt dhcp soop ukb ukbb disc bids"
+)
+"""Public data sets, and words that call a folder one."""
+SCANNER_WORDS = _words(
+    "siemens ge philips toshiba canon hitachi uih prisma skyra trio verio vida avanto aera symphony sonata espree"
+    " magnetom terra allegra biograph mmr achieva ingenia intera gyroscan signa discovery mr750 mr750w mr450 mr450w hdx"
+    " hdxt excite premier architect pioneer artist tesla scanner fit elition vu medical systems healthineers healthcare"
+)
+SITE_WORDS = _words(
+    "utrecht singapore amsterdam ge3t ge1t5 nyu caltech cmu kki leuven maxmun ohsu olin pitt sbl sdsu trinity stanford"
+    " ucla um usm yale bni emc eth kul ucd tcd peking washu neuroimage annarbor beijing leipzig newhaven newyork oulu"
+    " queensland saintlouis guys iop"
+)
+"""Sites of public studies of several centres."""
+STEP_RANKS = {
+    **dict.fromkeys(
+        _words(
+            "preprocessed preproc preprocess processed pre pp registered reg coregistered coreg resampled skullstripped"
+            " stripped corrected biascorrected n4 aligned rigid"
+        ),
+        0,
+    ),
+    "": 1,
+    **dict.fromkeys(_words("raw rawdata orig original unprocessed native unstripped unregistered source"), 2),
+    **{"subj_111": 0, "long": 3, "t88_111": 4},
+    **dict.fromkeys(_words("mni mni152 mninonlinear normalized normalised standard stereotaxic talairach warped"), 4),
+}
+"""Steps of processing that name folders, by preference: scans in register first, then acquired ones, then templates."""

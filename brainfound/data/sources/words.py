@@ -43,6 +43,8 @@ _WARP_MARKS = {"y", "iy", "wj"}
 """What SPM and CAT12 put before the name of a scan, for its maps of tissues and its deformation fields."""
 _AFTER_CONTRAST_ONLY = {"r1", "r2", "s0", "b1", "c", "iv", "with"}
 """Before the contrast, these may name a subject or a repeat."""
+_AGENT_ALONE = {"gado", "gadolinium"}
+"""Agents that alone mean T1 with an agent."""
 _MAP_WORDS = ("map", "maps", "karte", "carte", "cartes", "mapa")
 _VISITS = {"v1", "v2", "v3"}
 _NAMES_A_GROUP = {"healthy", "normal", "white", "matter", "grey", "gray"}
@@ -104,13 +106,19 @@ class _Item:
 
 
 def find_words(text: str) -> list[tuple[str, int, int]]:
-    """The words of a file name between ``_ - .`` and blanks, with their places."""
-    return [(match.group(), match.start(), match.end()) for match in re.finditer(r"[^_\-. ]+", text)]
+    """The words of a file name between ``_ - .`` and blanks, with their places; ``1.25`` is one."""
+    found = re.finditer(r"(?<![^_ ])\d\.\d{1,2}(?:mm)?(?![^_ ])|[^_\-. ]+", text)
+    return [(match.group(), match.start(), match.end()) for match in found]
 
 
 def is_contrast_word(word: str) -> bool:
     """Whether a word alone names a contrast."""
     return any(item.kind == "contrast" or item.text == "gre" for item in _find_items([word], frozenset()))
+
+
+def find_targets(words: Sequence[str]) -> set[str]:
+    """The words that make a contrast the target of a registration, also where they are glued to it (``T1space``)."""
+    return {item.text for item in _find_items([word.lower() for word in words], frozenset()) if item.kind == "target"}
 
 
 def read_file_name(words: Sequence[str]) -> Reading:
@@ -124,6 +132,9 @@ def read_file_name(words: Sequence[str]) -> Reading:
     first = next((k for k, item in enumerate(items) if item.kind == "contrast" or item.text in _STAR), None)
     if first is None:
         refused = next((item for item in items if item.kind in _REFUSED and "map" in item.text), None)
+        agent = next((item for item in items if item.text in _AGENT_ALONE), None)
+        if agent and not {item.kind for item in items} & {*_REFUSED, "no agent"}:
+            return Reading("T1ce", "", (), agent.words)
         return Reading(UNKNOWN, refused.kind if refused else NO_CONTRAST)
     start = first
     while start and min(items[start].words) - max(items[start - 1].words) <= 1 and items[start - 1].kind != "visit":
@@ -132,6 +143,8 @@ def read_file_name(words: Sequence[str]) -> Reading:
         item for item in items[start:first] if item.kind != "protocol" and item.text not in _AFTER_CONTRAST_ONLY
     ]
     reading = _read([*adjoining, *items[first:]], series=False)
+    if first and items[first - 1] in adjoining and items[first - 1].text in ("to", "onto", "in", "on"):
+        return Reading(UNKNOWN, f"{IN_DOUBT}: the name says a target of registration, and no scan", (), reading.used)
     if visits := [item.text for item in adjoining if item.text in ("pre", "post")]:
         return Reading(UNKNOWN, f"{IN_DOUBT}: {visits[0]!r} may denote visits or a contrast agent", (), reading.used)
     begin, end = min(items[first].words), max(items[first].words) + 1
@@ -206,6 +219,8 @@ def _read_entities(contrast: str, texts: Sequence[str]) -> Reading:
     reading = _read(
         [_Item("contrast", contrast, contrast, frozenset()), *(i for i in items if i.kind in kept)], series=True
     )
+    if {reading.contrast, contrast} == {"ADC", "DWI"}:
+        return Reading("ADC")
     if reading.contrast in (contrast, "T1ce") or {reading.contrast, contrast} == {"SWI", "T2starw"}:
         return Reading(contrast if reading.contrast == "SWI" else reading.contrast)
     others = reading.candidates or (reading.contrast,)

@@ -211,7 +211,6 @@ def test_folders_of_subjects_visits_and_groups(layout, contents, names, expected
         (("P1_T1", "p1_T2"), "capital letters"),
         (("siteA/p1/T1", "p2/T1"), "different depths"),
         (("anna/one/T1", "anna/two/T1"), "visits or subjects"),
-        (("site1/001/T1", "site1/002/T1"), "visits or subjects"),
         (("batch1/p1_T1", "batch2/p1_T2"), "in several folders"),
         (("batch1/p1_T1", "batch1/p2_T1", "batch2/p1_T2"), "in several folders"),
         (("p1_T1", "T1"), "some names say a subject and others none"),

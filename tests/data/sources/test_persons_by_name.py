@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brainfound.contrasts import UNKNOWN
-from brainfound.data.sources.named_files import _describe, _identify_subjects
+from brainfound.data.sources.named_file import describe_file
+from brainfound.data.sources.named_files import _identify_subjects
 from brainfound.errors import CohortError
 
 IDENTIFIERS = (
@@ -91,6 +92,14 @@ TEMPLATES = (
         "{i}/x_{c}",
     ),
     *("site2/{i}/{v}_{c}", "site2/{i}_{v}_{c}", "{i}/{i}_{v}/{i}_{c}", "{i}/{i}_{c}", "{i}_{c}/{v}_{c}", "{i} {v} {c}"),
+    *(
+        "Skyra/{i}/{c}",
+        "GE_1.5T/{i}_{c}",
+        "preprocessed/{i}/{v}/{c}",
+        "{i}/orig/{c}",
+        "{i}/{v}/raw/{c}",
+        "oslo/{i}/{c}",
+    ),
 )
 
 
@@ -139,7 +148,7 @@ def names(draw: st.DrawFn, identifiers: tuple[str, ...] = IDENTIFIERS) -> Names:
 
 
 def subjects_by_name(paths: list[Path]) -> dict[Path, str]:
-    files = [_describe(Path("root"), path) for path in paths]
+    files = [describe_file(Path("root"), path) for path in paths]
     files = [file for file in files if not file.is_scan or file.name.contrast != UNKNOWN]
     return {file.path: identity.subject for file, identity in _identify_subjects(Path("root"), files) if file.is_scan}
 
