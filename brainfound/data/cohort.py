@@ -59,7 +59,7 @@ class Cohort(SourceTable):
         root: the folder to which the source's relative paths refer.
         mask_columns: the columns of label maps.
         source: the recognised layout ("BIDS", "manifest", "FOMO60K", …).
-        notes: remarks from reading the source, without identifiers.
+        notes: remarks from reading the source. They name a subject only where its rows contradict each other.
         unused: files that are not scans of the table, each with the reason.
         rejected: data sets of a collection that cannot be read, each with the reason.
     """
