@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import pairwise
 
 from brainfound.data.sources.file_names import natural_sort_key, split_words
 from brainfound.data.sources.identifiers import (
@@ -17,6 +18,7 @@ from brainfound.data.sources.identifiers import (
     MAYBE_SESSION,
     MONTH,
     SEPARATOR,
+    SESSION,
     YEAR,
     SubjectIdentity,
     has_number,
@@ -51,8 +53,17 @@ _GLUED_VISIT = re.compile(
     re.IGNORECASE,
 )
 _MONTHS = re.compile(r"m(?:00|03|06|12|18|24|36|48|60)$", re.IGNORECASE)
+_VISIT_IN_LABEL = re.compile(
+    rf"(?P<before>(?:pre|post|bl|fu|baseline|follow-?up)(?=\d))?(?P<person>.*?)"
+    rf"(?P<visit>(?<=\d)(?:{SESSION}|t\d{{1,2}}|pre|post|first|second|third|last|[a-z])"
+    r"|(?<=[a-z]{3})(?:ses|session|visit|tp|baseline|follow-?up|pre|post)\d*)?",
+    re.IGNORECASE,
+)
+"""The visit in a BIDS label: ``p1v2``, ``01b``, ``01post``, ``annaVisit2``, ``pre01``."""
 _MAX_VISITS = 4
 """With more names of one first word, the word names a group and not a person."""
+_NEAR_LETTERS = 3
+"""Letters of visits are less than this far apart in the alphabet."""
 
 
 def find_doubt(identities: Sequence[SubjectIdentity]) -> Doubt | None:
@@ -90,6 +101,27 @@ def _find_glued_visits(uncertain: Sequence[str]) -> Doubt | None:
     other_numbers = any(re.search(r"(?<!v)\d+$", _MONTHS.sub("", name.lower())) for name in uncertain)
     are_visits = len(by_stem) > 1 or has_first or not other_numbers
     return (_ONE_OR_TWO, f"{repeated[0][0]} and {repeated[0][1]}") if repeated and are_visits else None
+
+
+def labels_of_one_person(labels: Iterable[str]) -> list[list[str]]:
+    """BIDS labels that may be one person, since they differ in capital letters, leading zeros or a visit only.
+
+    Single letters are visits if they are near each other in the alphabet (``01a``, ``01b``), or if a label has none:
+    ``01c`` and ``01p`` may be a control and a patient.
+    """
+    groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for label in sorted(set(labels), key=natural_sort_key):
+        match = _VISIT_IN_LABEL.fullmatch(label.casefold().removeprefix("sub-"))
+        if match is not None:
+            person = re.sub(r"(?<!\d)0+(?=\d)", "", match["person"])
+            groups[person].append((f"{match['before'] or ''}{match['visit'] or ''}", label))
+    found = []
+    for group in groups.values():
+        letters = sorted({ord(visit) for visit, _ in group if len(visit) == 1})
+        are_visits = len(letters) < len({visit for visit, _ in group}) or len(letters) == 1
+        if len(group) > 1 and (are_visits or any(b - a < _NEAR_LETTERS for a, b in pairwise(letters))):
+            found.append([label for _, label in group])
+    return found
 
 
 def find_same_spelling(subjects: Iterable[str]) -> str | None:
