@@ -60,6 +60,16 @@ _VISIT_IN_LABEL = re.compile(
     re.IGNORECASE,
 )
 """The visit in a BIDS label: ``p1v2``, ``01b``, ``01post``, ``annaVisit2``, ``pre01``."""
+_NUMBERED_NAME = re.compile(r"(.*[^\W\d_]{3})[-_. ]?(0?[1-9])", re.IGNORECASE)
+_NOT_NAMES = {
+    *("ad", "adhd", "adult", "ais", "als", "asd", "baby", "brain", "case", "child", "con", "control", "ctl", "ctrl"),
+    *("data", "demo", "dementia", "epi", "epilepsy", "example", "female", "glioma", "hc", "head", "healthy", "image"),
+    *("infant", "kind", "kontrolle", "male", "mci", "monkey", "mouse", "ms", "nc", "normal", "old", "paciente"),
+    *("participant", "pat", "patient", "paziente", "pd", "person", "phantom", "pilot", "proband", "rat", "sample"),
+    *("scan", "stroke", "study", "sub", "subj", "subject", "sujet", "sujeto", "test", "tia", "train", "tumor"),
+    *("tumour", "twin", "val", "vol", "volume", "volunteer", "young"),
+}
+"""Words before the numbers of subjects (``case1``, ``case2``) or before names (``hc_anna``)."""
 _MAX_VISITS = 4
 """With more names of one first word, the word names a group and not a person."""
 _NEAR_LETTERS = 3
@@ -82,6 +92,7 @@ def find_doubt(identities: Sequence[SubjectIdentity]) -> Doubt | None:
         or _find_shared_numbers(subjects, uncertain)
         or _find_dates(uncertain)
         or _find_glued_visits(uncertain)
+        or _find_numbered_names(uncertain)
     )
 
 
@@ -122,6 +133,32 @@ def labels_of_one_person(labels: Iterable[str]) -> list[list[str]]:
         if len(group) > 1 and (are_visits or any(b - a < _NEAR_LETTERS for a, b in pairwise(letters))):
             found.append([label for _, label in group])
     return found
+
+
+def _find_numbered_names(uncertain: Iterable[str]) -> Doubt | None:
+    """Names of people with small numbers, which may be visits: ``anna1``, ``anna2``; ``Meier_01``, ``Meier_02``.
+
+    A word without a vowel is the code of a study: ``GBM_1``.
+    """
+    by_name: dict[str, list[str]] = defaultdict(list)
+    others: set[str] = set()
+    for subject in uncertain:
+        name = re.sub(r"[-_. ]?\d+$", "", GROUP_IN_NAME.sub("", subject, count=1)).lower()
+        is_name = _is_personal(split_words(name)) and re.search("[aeiouyà-ü]", name)
+        if is_name and _NUMBERED_NAME.fullmatch(subject):
+            by_name[name].append(subject)
+        else:
+            others.add(name)
+    for name, named in by_name.items():
+        is_padded = all(re.search(r"0\d$", subject) for subject in named)
+        if len(named) > 1 and name not in others and not (is_padded and len(by_name) == 1):
+            return _ONE_OR_TWO, f"{named[0]} and {named[1]}"
+    return None
+
+
+def _is_personal(words: Iterable[str]) -> bool:
+    """Whether no word is one of those before numbers or names of subjects."""
+    return _NOT_NAMES.isdisjoint({text for word in words for text in (word, word.removesuffix("s"))})
 
 
 def find_same_spelling(subjects: Iterable[str]) -> str | None:
@@ -193,14 +230,14 @@ def _find_shared_numbers(subjects: Sequence[str], uncertain: Sequence[str]) -> D
     by_person = {person_words(subject): subject for subject in subjects}
     by_number: dict[tuple[str, ...], str] = {}
     for subject in uncertain:
-        person, first = person_words(subject), split_words(subject)[:2]
+        person, words = person_words(subject), split_words(MAYBE_SESSION.sub("", subject))
         shortest = 1 if isinstance(next(iter(person), ""), int) else 2
         for length in range(shortest, len(person)):
             if person[:length] in by_person:
                 return "one name begins with another", f"{by_person[person[:length]]} and {subject}"
-        # Two words and a third, none with a number: hc_anna_abc, hc_anna_xyz.
-        is_phrase = len(first) == 2 and not has_number(subject) and len(split_words(subject)) > 2
-        number = first if is_phrase else subject_number_words(subject)
+        # One or two words and another, none with a number: anna_abc, anna_xyz; hc_anna_abc, hc_anna_xyz.
+        shared = words[:1] if len(words) == 2 and _is_personal(words[:1]) else words[:2] if len(words) > 2 else ()
+        number = subject_number_words(subject) if not shared or has_number("_".join(words)) else shared
         other = by_number.setdefault(number, subject) if number else subject
         if other != subject:
             return _ONE_OR_TWO, f"{other} and {subject}"

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brainfound.contrasts import UNKNOWN
+from brainfound.data.cohort import Cohort
 from brainfound.data.sources.named_files import _describe, _identify_subjects
 from brainfound.errors import CohortError
 
@@ -94,6 +95,9 @@ TEMPLATES = (
 )
 
 
+WORDS_ONLY = tuple(form for form in IDENTIFIERS if "{name}" in form)
+
+
 @dataclass(frozen=True)
 class Names:
     """The paths of a folder, each with the person that it shows."""
@@ -159,8 +163,54 @@ def test_one_person_is_one_subject_or_refused(names):
     assert_one_subject_per_person(names)
 
 
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(names(WORDS_ONLY))
+def test_persons_named_by_words_are_one_subject_each_or_refused(names):
+    assert_one_subject_per_person(names)
+
+
 @pytest.mark.slow
 @settings(max_examples=20_000, derandomize=True, deadline=None)
-@given(names(tuple(form for form in IDENTIFIERS if "{n" in form and "{name}" not in form)))
+@given(names(WORDS_ONLY))
+def test_many_compositions_of_words_keep_persons_apart(names):
+    assert_one_subject_per_person(names)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *("ines1 ines2", "Vogt_1 Vogt_2", "Vogt-1 Vogt-2", "ines1 ines2 otto1", "Vogt_1 Vogt_2 Lang_1 Lang_2"),
+        *("Vogt_01 Vogt_02 Lang_01", "ines_vogt_1 ines_vogt_2 otto_lang_1", "INES1 INES2", "ines_T1_qqq ines_T1_zzz"),
+        *("ines_mpr2 ines_mpr5", "ines_v1_qqq ines_v2_zzz", "Zoé_1 Zoé_2", "ines1 ines3"),
+    ],
+)
+@pytest.mark.parametrize("pattern", ["{}_T1.nii.gz", "{}/T1.nii.gz", "site4/{}_T1.nii.gz"])
+def test_names_with_a_last_number_or_word_may_be_visits(layout, names, pattern):
+    root = layout(*(f"{pattern.format(name)}" for name in names.split()))
+    with pytest.raises(CohortError, match="do not identify the subjects"):
+        Cohort.read(root)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *("control1 control2 patient1 patient2", "GBM_1 GBM_2", "subject1 subject2", "case_1 case_2"),
+        *(
+            "Vogt_01 Vogt_02 Vogt_03",
+            "oasi7 oasi8 oasi9 oasi12",
+            "Vogt_Ines Lang_Otto",
+            "ines1 otto2",
+            "hc_ines hc_otto",
+        ),
+    ],
+)
+def test_numbers_and_groups_of_subjects_are_read(layout, names):
+    root = layout(*(f"{name}_T1.nii.gz" for name in names.split()))
+    assert set(Cohort.read(root).table["subject"]) == set(names.split())
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000, derandomize=True, deadline=None)
+@given(names(tuple(form for form in IDENTIFIERS if form not in WORDS_ONLY)))
 def test_many_compositions_of_names_keep_persons_apart(names):
     assert_one_subject_per_person(names)
