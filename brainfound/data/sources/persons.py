@@ -61,13 +61,17 @@ _VISIT_IN_LABEL = re.compile(
 )
 """The visit in a BIDS label: ``p1v2``, ``01b``, ``01post``, ``annaVisit2``, ``pre01``."""
 _NUMBERED_NAME = re.compile(r"(.*[^\W\d_]{3})[-_. ]?(0?[1-9])", re.IGNORECASE)
-_NOT_NAMES = {
-    *("ad", "adhd", "adult", "ais", "als", "asd", "baby", "brain", "case", "child", "con", "control", "ctl", "ctrl"),
-    *("data", "demo", "dementia", "epi", "epilepsy", "example", "female", "glioma", "hc", "head", "healthy", "image"),
-    *("infant", "kind", "kontrolle", "male", "mci", "monkey", "mouse", "ms", "nc", "normal", "old", "paciente"),
-    *("participant", "pat", "patient", "paziente", "pd", "person", "phantom", "pilot", "proband", "rat", "sample"),
-    *("scan", "stroke", "study", "sub", "subj", "subject", "sujet", "sujeto", "test", "tia", "train", "tumor"),
-    *("tumour", "twin", "val", "vol", "volume", "volunteer", "young"),
+_YEAR_IN_NAME = re.compile(rf"(?<!\d){YEAR}(?:[-_.]?{MONTH}(?:[-_.]?{DAY})?)?(?!\d)")
+_SUBJECT_WORDS = {
+    *("ad", "adhd", "adult", "ais", "als", "asd", "baby", "case", "child", "con", "control", "ctl", "ctrl", "dementia"),
+    *("epi", "epilepsy", "female", "glioma", "hc", "healthy", "infant", "kind", "kontrolle", "male", "mci", "monkey"),
+    *("mouse", "ms", "nc", "normal", "old", "paciente", "participant", "pat", "patient", "paziente", "pd", "person"),
+    *("phantom", "proband", "rat", "stroke", "sub", "subj", "subject", "sujet", "sujeto", "tia", "tumor", "tumour"),
+    *("twin", "volunteer", "young"),
+}
+_NOT_NAMES = _SUBJECT_WORDS | {
+    *("brain", "data", "demo", "example", "head", "image", "pilot", "sample", "scan", "study", "test", "train", "val"),
+    *("vol", "volume"),
 }
 """Words before the numbers of subjects (``case1``, ``case2``) or before names (``hc_anna``)."""
 _MAX_VISITS = 4
@@ -93,6 +97,7 @@ def find_doubt(identities: Sequence[SubjectIdentity]) -> Doubt | None:
         or _find_dates(uncertain)
         or _find_glued_visits(uncertain)
         or _find_numbered_names(uncertain)
+        or _find_names_in_groups(identities)
     )
 
 
@@ -156,9 +161,34 @@ def _find_numbered_names(uncertain: Iterable[str]) -> Doubt | None:
     return None
 
 
-def _is_personal(words: Iterable[str]) -> bool:
+def _is_personal(words: Iterable[str], known: set[str] = _NOT_NAMES) -> bool:
     """Whether no word is one of those before numbers or names of subjects."""
-    return _NOT_NAMES.isdisjoint({text for word in words for text in (word, word.removesuffix("s"))})
+    return known.isdisjoint({text for word in words for text in (word, word.removesuffix("s"))})
+
+
+def _find_names_in_groups(identities: Iterable[SubjectIdentity]) -> Doubt | None:
+    """Words of file names in a folder that may be a year's or a delivery's: ``2019_scans/anna``, ``2019_scans/bob``."""
+    named = {
+        f"{identity.subject}/{'_'.join(identity.words)}"
+        for identity in identities
+        if identity.words and not identity.certain and may_hold_several(identity.subject)
+    }
+    found = " and ".join(sorted(named)[:2])
+    return ("the names in a folder may be subjects, or protocols of one", found) if len(named) > 1 else None
+
+
+def may_hold_several(folder: str) -> bool:
+    """Whether a folder with a number may be that of a year, a delivery or a group, and not of one person.
+
+    >>> [may_hold_several(name) for name in ("2019_names", "export_2", "batch3", "p1", "patient_2", "AB12", "berl007")]
+    [True, True, True, False, False, False, False]
+    """
+    rest = _YEAR_IN_NAME.sub("", folder.lower())
+    words, numbers = re.findall(r"[^\W\d_]+", rest), re.findall(r"\d+", rest)
+    if is_group(folder) or not numbers:
+        return True
+    is_small = len(numbers) == 1 and re.fullmatch(r"[1-9]\d?", numbers[0]) is not None
+    return is_small and any(len(word) > 3 for word in words) and _is_personal(words, _SUBJECT_WORDS)
 
 
 def find_same_spelling(subjects: Iterable[str]) -> str | None:

@@ -209,6 +209,41 @@ def test_numbers_and_groups_of_subjects_are_read(layout, names):
     assert set(Cohort.read(root).table["subject"]) == set(names.split())
 
 
+@pytest.mark.parametrize("names", ["ines_FLAIR otto_T1", "ines_T1 otto_T1", "ines_T1 ines_FLAIR otto_T2 emil_T1"])
+@pytest.mark.parametrize(
+    "folder",
+    [
+        *("2017_scans_of", "2017", "export_4", "mydata3", "delivery_2020-03", "archive12", "2018_06", "names2021"),
+        *("site4", "batch_7", "center_2", "cohort3", "controls", "batch_7/2017_scans_of", "site4/export_4"),
+    ],
+)
+def test_a_folder_of_several_people_is_no_person(layout, folder, names):
+    root = layout(*(f"{folder}/{name}.nii.gz" for name in names.split()))
+    people = {name.split("_")[0] for name in names.split()}
+    try:
+        found = set(Cohort.read(root).table["subject"])
+    except CohortError:
+        found = people
+    assert found == people
+
+
+@pytest.mark.parametrize("folder", ["site4", "batch_7", "centre2", "patients"])
+def test_the_only_file_of_a_group_is_its_subject(layout, folder):
+    assert set(Cohort.read(layout(f"{folder}/ines_FLAIR.nii.gz")).table["subject"]) == {"ines"}
+
+
+def test_one_name_in_folders_of_two_years_is_one_person_or_refused(layout):
+    with pytest.raises(CohortError, match="2017_scans/ines and 2019_scans/ines"):
+        Cohort.read(layout("2017_scans/ines_T1.nii.gz", "2019_scans/ines_T1.nii.gz"))
+
+
+@pytest.mark.parametrize("folder", ["q{}", "patient_{}", "AB1{}", "berl00{}", "10{}", "control{}"])
+def test_words_in_the_folder_of_a_person_are_a_protocol(layout, folder):
+    names = ("xyz_T1", "uvw_FLAIR")
+    root = layout(*(f"{folder.format(n)}/{name}.nii.gz" for n in (1, 2) for name in names))
+    assert set(Cohort.read(root).table["subject"]) == {folder.format(1), folder.format(2)}
+
+
 @pytest.mark.slow
 @settings(max_examples=20_000, derandomize=True, deadline=None)
 @given(names(tuple(form for form in IDENTIFIERS if form not in WORDS_ONLY)))
