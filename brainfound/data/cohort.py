@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from brainfound.data.reading.archives import is_file
 from brainfound.data.sources import read_source
 from brainfound.data.sources.tables import SourceTable, count_noun
 
@@ -102,6 +103,11 @@ class Cohort(SourceTable):
                 masks={column: Path(file) for column, file in masks.items() if file is not None},
                 extra_scans=tuple(extra),
             )
+
+    def missing_files(self) -> list[Path]:
+        """Scans and label maps of the table that are not there, in its order."""
+        columns = [self.table[column].dropna() for column in ("path", *self.mask_columns) if column in self.table]
+        return [Path(file) for file in dict.fromkeys(pd.concat(columns).sort_index(kind="stable")) if not is_file(file)]
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{name} {count}" for name, count in self.table["contrast"].value_counts().items())
