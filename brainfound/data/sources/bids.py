@@ -20,7 +20,7 @@ import pandas as pd
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.sources import manifest
 from brainfound.data.sources.bids_files import BidsName, Sidecars, contrast_from_bids_name, mask_column
-from brainfound.data.sources.covariates import clean_covariates
+from brainfound.data.sources.covariates import clean_covariates, notes_on_visits
 from brainfound.data.sources.file_names import (
     SubjectNamer,
     UnusedFiles,
@@ -255,6 +255,8 @@ def _join_tables(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFr
             facts = pd.concat([facts for _, facts in files])
             cleaned.append(clean_covariates(facts, _SESSION_TABLES, found, [files[0][0], *inherited]))
         table = join(table, pd.concat(cleaned), _SESSION, root / _SESSION_TABLES, notes)
+        if not any("between visits" in note for note in [*notes, *found]):
+            notes += notes_on_visits(table, f"{_SESSION_TABLES} and participants.tsv")
     found = [re.sub(r"^sub-\w+?_sessions", "sub-*_sessions", note) for note in found]  # notes hold no identifiers
     notes += dict.fromkeys(found)
     return table

@@ -63,12 +63,8 @@ def clean_covariates(table: pd.DataFrame, name: str, notes: list[str], sidecars:
         _add_note(_note_on_unit(unit, name), notes)
         table["age_years"] = _parse_ages(table["age_years"], _UNITS_PER_YEAR.get(unit, 1.0), name, notes)
     _harmonise_sexes(table, sidecars, name, notes)
-    for column, what in (("sex", "sexes differ"), ("age_years", "age falls")):
-        if {"subject", "session", column} <= set(table.columns):
-            found = [text for _, rows in table.groupby("subject", sort=False) if (text := _contradiction(rows, column))]
-            more = f" and {len(found) - _MAX_PLACES} more" if len(found) > _MAX_PLACES else ""
-            fault = f"{len(found)} × a subject whose {what} between visits: {'; '.join(found[:_MAX_PLACES])}{more}"
-            _add_note(f"{name}: {fault}. Correct the table, or give two people two names" if found else "", notes)
+    for note in notes_on_visits(table, name):
+        _add_note(note, notes)
     return table
 
 
@@ -192,7 +188,7 @@ def _without_codes(values: pd.Series, name: str, sidecars: Sequence[Path], notes
     codes = given & _are_codes(numbers, others)
     doubtful = given & ~codes & ~numbers.between(min(others, default=0), max(others, default=0))
     for chosen, fault, remedy in (
-        (codes, "a code for a missing value, now missing", "If it is a value, state the column's Minimum or Maximum"),
+        (codes, "a code for a missing value, now missing", "If it is a value, state Minimum or Maximum in the sidecar"),
         (doubtful, "a number that may be a code for a missing value, kept", "Write n/a if it is missing"),
     ):
         if chosen.any():
@@ -216,6 +212,21 @@ def _are_codes(numbers: pd.Series, others: Sequence[float]) -> pd.Series:
 
 _FIRST_VISIT = re.compile(r"(?:baseline|base|bl|bsl|screening|screen|scr?|initial|init|pre(?:[-_]?op)?)")
 _DAY_FIRST = re.compile(r"(\d\d)[-._](\d\d)[-._](\d{4})")
+
+
+def notes_on_visits(table: pd.DataFrame, name: str) -> list[str]:
+    """Notes that count subjects whose visits contradict each other in sex, or whose age falls, with their rows."""
+    notes = []
+    for column, what in (("sex", "sexes differ"), ("age_years", "age falls")):
+        if {"subject", "session", column} <= set(table.columns):
+            several = table.groupby("subject")[column].transform("nunique") > 1
+            people = table[several].groupby("subject", sort=False)
+            found = [text for _, rows in people if (text := _contradiction(rows, column))]
+            if found:
+                more = f" and {len(found) - _MAX_PLACES} more" if len(found) > _MAX_PLACES else ""
+                fault = f"{len(found)} × a subject whose {what} between visits: {'; '.join(found[:_MAX_PLACES])}{more}"
+                notes.append(f"{name}: {fault}. Correct the table, or give two people two names")
+    return notes
 
 
 def _contradiction(rows: pd.DataFrame, column: str) -> str:

@@ -143,7 +143,7 @@ def labels_of_one_person(labels: Iterable[str]) -> list[list[str]]:
 def _find_numbered_names(uncertain: Iterable[str]) -> Doubt | None:
     """Names of people with small numbers, which may be visits: ``anna1``, ``anna2``; ``Meier_01``, ``Meier_02``.
 
-    A word without a vowel is the code of a study: ``GBM_1``.
+    A word without a vowel is the code of a study (``GBM_1``), and so is the only word of many (``ABC_1`` to ``ABC_5``).
     """
     by_name: dict[str, list[str]] = defaultdict(list)
     others: set[str] = set()
@@ -155,8 +155,8 @@ def _find_numbered_names(uncertain: Iterable[str]) -> Doubt | None:
         else:
             others.add(name)
     for name, named in by_name.items():
-        is_padded = all(re.search(r"0\d$", subject) for subject in named)
-        if len(named) > 1 and name not in others and not (is_padded and len(by_name) == 1):
+        is_only = len(by_name) == 1 and (len(named) > _MAX_VISITS or all(re.search(r"0\d$", name) for name in named))
+        if len(named) > 1 and name not in others and not is_only:
             return _ONE_OR_TWO, f"{named[0]} and {named[1]}"
     return None
 

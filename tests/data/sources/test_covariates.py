@@ -196,3 +196,14 @@ def test_tables_of_bids_are_compared_over_visits(layout):
     notes = "\n".join(Cohort.read(layout(*scans, content={"sub-7/sub-7_sessions.tsv": text})).notes)
     assert "a subject whose sexes differ between visits: sub-7 (line 2 'F', line 3 'M')" in notes
     assert "a subject whose age falls between visits: sub-7 (line 2 '33', line 3 '32')" in notes
+
+
+def test_the_sex_of_a_visit_is_compared_with_that_of_the_person(layout):
+    scans = [f"sub-7/ses-{n}/anat/sub-7_ses-{n}_T1w.nii.gz" for n in (1, 2)]
+    tables = {
+        "participants.tsv": "participant_id\tsex\nsub-7\tF\n",
+        "sub-7/sub-7_sessions.tsv": "session_id\tsex\nses-1\tn/a\nses-2\tM\n",
+    }
+    notes = "\n".join(Cohort.read(layout(*scans, content=tables)).notes)
+    assert "sub-*_sessions.tsv and participants.tsv: 1 × a subject whose sexes differ" in notes
+    assert "sub-7 ('F', 'M')" in notes

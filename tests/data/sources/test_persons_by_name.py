@@ -197,6 +197,7 @@ def test_names_with_a_last_number_or_word_may_be_visits(layout, names, pattern):
         *("control1 control2 patient1 patient2", "GBM_1 GBM_2", "subject1 subject2", "case_1 case_2"),
         *(
             "Vogt_01 Vogt_02 Vogt_03",
+            "AIM_1 AIM_2 AIM_3 AIM_4 AIM_5",
             "oasi7 oasi8 oasi9 oasi12",
             "Vogt_Ines Lang_Otto",
             "ines1 otto2",
