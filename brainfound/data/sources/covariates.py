@@ -219,32 +219,35 @@ def notes_on_visits(table: pd.DataFrame, name: str) -> list[str]:
     notes = []
     for column, what in (("sex", "sexes differ"), ("age_years", "age falls")):
         if {"subject", "session", column} <= set(table.columns):
-            several = table.groupby("subject")[column].transform("nunique") > 1
-            people = table[several].groupby("subject", sort=False)
-            found = [text for _, rows in people if (text := _contradiction(rows, column))]
+            known = table[column].notna() & table["session"].notna()
+            visits: dict[str, dict[tuple[str, Any], int]] = {}
+            cells = (table[name][known] for name in ("subject", "session", column))
+            for place, (subject, session, value) in zip(np.flatnonzero(known), zip(*cells, strict=True), strict=True):
+                visits.setdefault(subject, {}).setdefault((str(session), value), int(place))
+            found = [(subject, pair) for subject, rows in visits.items() if (pair := _contradiction(rows, column))]
             if found:
                 more = f" and {len(found) - _MAX_PLACES} more" if len(found) > _MAX_PLACES else ""
-                fault = f"{len(found)} × a subject whose {what} between visits: {'; '.join(found[:_MAX_PLACES])}{more}"
+                texts = [f"{who} ({_places(table[column].iloc[list(pair)])})" for who, pair in found[:_MAX_PLACES]]
+                fault = f"{len(found)} × a subject whose {what} between visits: {'; '.join(texts)}{more}"
                 notes.append(f"{name}: {fault}. Correct the table, or give two people two names")
     return notes
 
 
-def _contradiction(rows: pd.DataFrame, column: str) -> str:
-    """The rows of one subject that contradict each other in their sexes, or whose age falls; "" if none do."""
-    rows = rows[rows[column].notna() & rows["session"].notna()]
-    rows = rows.drop_duplicates(["session", column])
-    if len(rows) < 2:
-        return ""
+def _contradiction(rows: dict[tuple[str, Any], int], column: str) -> tuple[int, int] | None:
+    """Places of the first two rows of one subject whose sexes differ, or between which the age falls.
+
+    `rows` are the places of its sessions with their values.
+    """
     if column == "sex":
-        rows = rows.drop_duplicates(column)
-        return f"{rows['subject'].iloc[0]} ({_places(rows[column])})" if len(rows) > 1 else ""
-    visits = [(order, place) for place, name in enumerate(rows["session"]) if (order := _visit_order(str(name)))]
-    for (one, earlier), (other, later) in pairwise(sorted(visits)):
-        if one[:2] == other[:2] or one[0] < other[0]:
-            pair = rows.iloc[[earlier, later]]
-            if pair[column].iloc[0] > pair[column].iloc[1]:
-                return f"{pair['subject'].iloc[0]} ({_places(pair[column])})"
-    return ""
+        places = list({value: place for (_, value), place in reversed(rows.items())}.values())[::-1]
+        return (places[0], places[1]) if len(places) > 1 else None
+    if len({value for _, value in rows}) < 2:
+        return None
+    visits = [(order, value, place) for (name, value), place in rows.items() if (order := _visit_order(name))]
+    for (one, earlier, first), (other, later, second) in pairwise(sorted(visits)):
+        if (one[:2] == other[:2] or one[0] < other[0]) and earlier > later and one != other:
+            return first, second
+    return None
 
 
 def _visit_order(session: str) -> tuple[int, str, float] | None:

@@ -259,15 +259,19 @@ def _find_public_endings(certain: set[str], uncertain: Iterable[str]) -> Doubt |
 def _find_shared_numbers(subjects: Sequence[str], uncertain: Sequence[str]) -> Doubt | None:
     by_person = {person_words(subject): subject for subject in subjects}
     by_number: dict[tuple[str, ...], str] = {}
+    by_last: dict[str, str] = {}
     for subject in uncertain:
         person, words = person_words(subject), split_words(MAYBE_SESSION.sub("", subject))
         shortest = 1 if isinstance(next(iter(person), ""), int) else 2
         for length in range(shortest, len(person)):
             if person[:length] in by_person:
                 return "one name begins with another", f"{by_person[person[:length]]} and {subject}"
-        # One or two words and another, none with a number: anna_abc, anna_xyz; hc_anna_abc, hc_anna_xyz.
-        shared = words[:1] if len(words) == 2 and _is_personal(words[:1]) else words[:2] if len(words) > 2 else ()
-        number = subject_number_words(subject) if not shared or has_number("_".join(words)) else shared
+        # One or two words and another, none with a number: anna_abc, anna_xyz; abc_anna, xyz_anna; hc_anna_abc, ….
+        is_phrase = len(words) > 1 and not has_number("_".join(words))
+        shared = words[:1] if _is_personal(words[:1]) else words[:2] if len(words) > 2 else ()
+        number = shared if is_phrase and shared else subject_number_words(subject)
+        if is_phrase and (last := by_last.setdefault(words[-1], subject)) != subject:
+            return _ONE_OR_TWO, f"{last} and {subject}"
         other = by_number.setdefault(number, subject) if number else subject
         if other != subject:
             return _ONE_OR_TWO, f"{other} and {subject}"
