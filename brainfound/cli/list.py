@@ -71,29 +71,37 @@ def _contrasts() -> list[dict[str, str]]:
 def _list_cohort(path: Path | None, *, sessions: bool, as_json: bool) -> None:
     """Print the summary of a source, and with ``sessions`` a line per session; JSON always has both.
 
-    The summary holds no names of subjects or files; the lines per session and the JSON do. Exit code 3 if a data set of
-    a collection cannot be read.
+    The summary names no files but the first that is missing; the lines per session and the JSON have all names. Exit
+    code 3 if files are missing, or if a data set of a collection cannot be read.
     """
     from brainfound.data.cohort import Cohort
+    from brainfound.data.reading.archives import fetch_remedy
+    from brainfound.data.sources.tables import count_noun
 
     if path is None:
         raise UsageError("the path of the cohort is missing", remedy="Write brainfound list cohort PATH")
     with tempfile.TemporaryDirectory() as work:  # for converted DICOM
         cohort = Cohort.read(path, work=Path(work) / "converted")
-        summary = summarise_cohort(cohort)
+        missing = cohort.missing_files()
+        summary = summarise_cohort(cohort) | {"num_missing_files": len(missing)}
         rows = session_rows(cohort) if sessions or as_json else []
     if as_json:
-        lists = {"unused_files": cohort.unused, "rejected": cohort.rejected}
+        absent = [(file, "no such file") for file in missing]
+        lists = {"unused_files": cohort.unused, "missing_files": absent, "rejected": cohort.rejected}
         files = {key: [{"file": str(file), "reason": why} for file, why in rows] for key, rows in lists.items()}
         print(json.dumps({**summary, "sessions": rows, **files}, indent=1))
     else:
         for line in _lines(summary):
             print(line)
+        if missing:
+            what = f"{len(missing)} of {count_noun(summary['num_scans'] + sum(summary['label_maps'].values()), 'file')}"
+            remedy = fetch_remedy(missing[0]) or "Check the paths, or copy the files there"
+            print(f"{'files missing':<17} {what}; the first: {missing[0]}. {remedy}")
         if sessions:
             print()
             for row in rows:
                 print("  ".join(_cell(value) for value in row.values() if value not in ("", None, [])))
-    if cohort.rejected:
+    if cohort.rejected or missing:
         raise typer.Exit(EXIT_SOME_REJECTED)
 
 

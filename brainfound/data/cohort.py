@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from brainfound.data.reading.archives import is_file
 from brainfound.data.reading.image_names import is_image
 from brainfound.data.sources import read_source
 from brainfound.data.sources.tables import SourceTable, count_noun
@@ -61,7 +62,7 @@ class Cohort(SourceTable):
         root: the folder to which the source's relative paths refer.
         mask_columns: the columns of label maps.
         source: the recognised layout ("BIDS", "manifest", "FOMO60K", …).
-        notes: remarks from reading the source, without identifiers.
+        notes: remarks from reading the source. They name a subject only where its rows contradict each other.
         unused: files that are not scans of the table, each with the reason.
         rejected: data sets of a collection that cannot be read, each with the reason.
     """
@@ -109,6 +110,11 @@ class Cohort(SourceTable):
                 masks={column: Path(file) for column, file in masks.items() if file is not None},
                 extra_scans=tuple(extra),
             )
+
+    def missing_files(self) -> list[Path]:
+        """Scans and label maps of the table that are not there, in its order."""
+        columns = [self.table[column].dropna() for column in ("path", *self.mask_columns) if column in self.table]
+        return [Path(file) for file in dict.fromkeys(pd.concat(columns).sort_index(kind="stable")) if not is_file(file)]
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{name} {count}" for name, count in self.table["contrast"].value_counts().items())

@@ -121,6 +121,8 @@ def test_misuse_is_one_clear_line(arguments, message):
 def test_what_a_later_row_of_a_session_says_counts_too(tmp_path):
     rows = "1\tT1w\ta.nii\t\t\n1\tT2w\tb.nii\t40\tF\n2\tT1w\tc.nii\t50\t\n"
     (tmp_path / "manifest.tsv").write_text(f"subject\tcontrast\tpath\tage\tsex\n{rows}")
+    for letter in "abc":
+        (tmp_path / f"{letter}.nii").touch()
     facts = json.loads(run("list", "cohort", tmp_path, "--json"))
     assert facts["age_years"] == {"min": 40, "median": 45, "max": 50}
     assert facts["sessions_without_age"] == 0
@@ -132,5 +134,24 @@ def test_what_a_later_row_of_a_session_says_counts_too(tmp_path):
 
 def test_a_cohort_without_ages_says_so(tmp_path):
     (tmp_path / "manifest.tsv").write_text("subject\tcontrast\tpath\n1\tT1w\ta.nii\n")
+    (tmp_path / "a.nii").touch()
     text = " ".join(run("list", "cohort", tmp_path).split())
     assert "age not known label maps none files not used none" in text
+
+
+@pytest.mark.parametrize(
+    ("present", "count", "first"),
+    [("lk", "2 of 4 files", "m.nii"), ("lmn", "1 of 4 files", "k.nii"), ("", "4 of 4 files", "k.nii")],
+)
+def test_missing_files_of_a_manifest_are_counted_and_the_first_is_named(tmp_path, present, count, first):
+    rows = "1\tT1w\tk.nii\tl.nii\n2\tT1w\tm.nii\t\n3\tT1w\tn.nii\t\n3\tT1w\tn.nii\t\n"
+    (tmp_path / "manifest.tsv").write_text(f"subject\tcontrast\tpath\tmask\n{rows}")
+    for letter in present:
+        (tmp_path / f"{letter}.nii").touch()
+    result = CliRunner().invoke(app, ["list", "cohort", str(tmp_path)])
+    assert result.exit_code == 3
+    (line,) = [line for line in result.output.splitlines() if line.startswith("files missing")]
+    assert f" {count}; the first: {tmp_path / first}. Check the paths" in line
+    facts = json.loads(CliRunner().invoke(app, ["list", "cohort", str(tmp_path), "--json"]).output)
+    assert facts["num_missing_files"] == len(facts["missing_files"]) == int(count.split()[0])
+    assert facts["missing_files"][0] == {"file": str(tmp_path / first), "reason": "no such file"}

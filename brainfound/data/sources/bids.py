@@ -21,7 +21,7 @@ from brainfound.contrasts import UNKNOWN
 from brainfound.data.reading.image_names import stem
 from brainfound.data.sources import manifest
 from brainfound.data.sources.bids_files import BidsName, Sidecars, contrast_from_bids_name, mask_column
-from brainfound.data.sources.covariates import clean_covariates
+from brainfound.data.sources.covariates import clean_covariates, notes_on_visits
 from brainfound.data.sources.file_names import (
     SubjectNamer,
     UnusedFiles,
@@ -32,6 +32,7 @@ from brainfound.data.sources.file_names import (
     subfolders,
 )
 from brainfound.data.sources.identifiers import is_session_name
+from brainfound.data.sources.persons import labels_of_one_person
 from brainfound.data.sources.tables import (
     LabelMapRow,
     SessionKey,
@@ -52,6 +53,8 @@ _NATIVE_SPACES = {"", "orig", "native", "individual", "t1w", "t2w", "flair", "dw
 """Values of ``space-`` for the acquired grid, or for that of another scan of the same subject."""
 _SESSION = ("subject", "session")
 _NO_SCANS = "the BIDS folder holds no scans of a known contrast"
+_MAX_YEARS_OF_VISITS = 10
+"""Two labels with ages further apart are two people."""
 _MISPLACED = "its name is that of another subject or session than its folder's"
 
 
@@ -97,11 +100,11 @@ def read(root: Path, work: Path | None = None) -> SourceTable:
         )
     sort_by_session(rows, lambda file: (BidsName.parse(file).order, natural_sort_key(file.name)))
     table = pd.DataFrame(rows)
-    _require_distinct_people(root, table)
     notes += _notes_on_choices(table)
     label_maps += _find_derivatives(root, unused)
     mask_columns = _join_label_maps(table, label_maps, unused, notes)
     table = _join_tables(table, root, notes)
+    _require_distinct_people(root, table)
     if sidecars.faulty:
         notes.append(f"{len(sidecars.faulty)} sidecars cannot be used; their values are missing")
     return SourceTable(table, root, LAYOUT.name, mask_columns, notes, [*unused, *sidecars.faulty])
@@ -139,18 +142,33 @@ def _spaces_of_sessions(table: pd.DataFrame, space: Callable[[Path], str]) -> di
 
 
 def _require_distinct_people(root: Path, table: pd.DataFrame) -> None:
-    """Refuse labels that differ in capital letters, or in a visit behind a number (``sub-p1v1``, ``sub-p1v2``)."""
-    people: dict[str, str] = {}
-    for subject in sorted(set(table["subject"])):
-        other = people.setdefault(_VISIT_IN_LABEL.sub("", subject.casefold()), subject)
-        if other != subject:
-            what = "two subjects differ in capital letters or a visit only and may be one person"
-            remedy = "Rename one, move the visits into ses-* folders, or write a manifest"
-            raise CohortError(what, where=root.name, got=f"{other} and {subject}", remedy=remedy)
+    """Refuse labels that may be one person (``sub-01a``, ``sub-01b``), unless tables show that they are several."""
+    for labels in labels_of_one_person(set(table["subject"])):
+        if not any(_differ(table, one, other) for one, other in combinations(labels, 2)):
+            what = "two subjects may be one person: they differ in capital letters, leading zeros or a visit only"
+            row = table[table["subject"] == labels[1]].iloc[0]
+            cells = (labels[0], labels[1].removeprefix("sub-"), row["contrast"])
+            line = ", ".join([*cells, Path(row["path"]).relative_to(root).as_posix()])
+            remedy = (
+                "If they are two people, give the sex and age of both in participants.tsv; if not, move the scans into "
+                f"ses-* folders or write a manifest (subject, session, contrast, path), with lines such as {line}"
+            )
+            raise CohortError(what, where=root.name, got=" and ".join(labels[:2]), remedy=remedy)
+
+
+def _differ(table: pd.DataFrame, one: str, other: str) -> bool:
+    """Whether the tables give two subjects another sex, or ages further apart than visits of one person."""
+    rows = [table[table["subject"] == subject] for subject in (one, other)]
+    sexes = [set(part["sex"].dropna()) if "sex" in table else set() for part in rows]
+    ages = [part["age_years"].dropna() if "age_years" in table else pd.Series(dtype=float) for part in rows]
+    are_apart = (
+        all(map(len, ages)) and max(ages[1].min() - ages[0].max(), ages[0].min() - ages[1].max()) > _MAX_YEARS_OF_VISITS
+    )
+    return (all(sexes) and sexes[0].isdisjoint(sexes[1])) or are_apart
 
 
 def _notes_on_choices(table: pd.DataFrame) -> list[str]:
-    """Notes on several scans of one contrast, on sessions with mixed spaces, and on subjects that may be one person."""
+    """Notes on several scans of one contrast, and on sessions with mixed spaces."""
     notes = []
     num_further = int(table.duplicated(["subject", "session", "contrast"]).sum())
     if num_further:
@@ -165,11 +183,6 @@ def _notes_on_choices(table: pd.DataFrame) -> list[str]:
     num_mixed = sum(len(names) > 1 for names in spaces.values())
     if num_mixed:
         notes.append(f"in {num_mixed} sessions the scans that are used lie in different spaces (space-…)")
-    counts = Counter(re.sub(r"(?<!\d)0+(?=\d)", "", subject) for subject in set(table["subject"]))
-    num_alike = sum(count for count in counts.values() if count > 1)
-    if num_alike:
-        alike = "subjects differ from another in leading zeros only; they count as different subjects"
-        notes.append(f"{num_alike} {alike}")
     return notes
 
 
@@ -242,6 +255,8 @@ def _join_tables(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFr
             facts = pd.concat([facts for _, facts in files])
             cleaned.append(clean_covariates(facts, _SESSION_TABLES, found, [files[0][0], *inherited]))
         table = join(table, pd.concat(cleaned), _SESSION, root / _SESSION_TABLES, notes)
+        if not any("between visits" in note for note in [*notes, *found]):
+            notes += notes_on_visits(table, f"{_SESSION_TABLES} and participants.tsv")
     found = [re.sub(r"^sub-\w+?_sessions", "sub-*_sessions", note) for note in found]  # notes hold no identifiers
     notes += dict.fromkeys(found)
     return table
@@ -301,8 +316,6 @@ _MAYBE_VISIT = re.compile(
     re.IGNORECASE,
 )
 """Folders that hold the same people if they share names of subjects."""
-_VISIT_IN_LABEL = re.compile(r"(?<=\d)(?:v|ses|visit|mr|tp|bl|fu)\d+$", re.IGNORECASE)
-"""The visit in a label such as ``sub-p1v2``."""
 
 
 def read_collection(path: Path, work: Path | None = None) -> SourceTable:

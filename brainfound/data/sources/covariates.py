@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from brainfound.data.sources.tables import MISSING, is_missing, read_json, spell
 
 MAX_AGE_YEARS = 150
 _DOUBTFUL_AGE_YEARS = 110
-_CODES = frozenset((-9, -77, -88, -99, -777, -888, -999, -9999, -99999, 999, 9999, 99999))
+_CODES = frozenset(
+    {-9, -99_999, -999_999, -(2**31), 99_999, 999_999}
+    | {-code for digit in (6, 7, 8, 9) for code in (11 * digit, 111 * digit, 1111 * digit)}
+    | {code for digit in (7, 8, 9) for code in (111 * digit, 1111 * digit)}
+)
 """Numbers that tables of other programs hold in place of a missing value."""
 _UNITS_PER_YEAR = {"year": 1.0, "month": 12.0, "week": 365.25 / 7, "day": 365.25}
 _NUMBER = r"(\d+\.?\d*|\.\d+)"
@@ -44,18 +49,21 @@ def clean_covariates(table: pd.DataFrame, name: str, notes: list[str], sidecars:
 
     Units of ages and levels of the sexes come from the first of the JSON `sidecars` that has them. Ages may be written
     ``89+`` or ``>89`` (masked for privacy), ``025Y`` (DICOM) or ``25 years``. Other text, negative ages, ages above 150
-    years and codes (999) become missing. Ages from 110 years on are kept, and so are codes in other numeric columns.
-    A note reports each of these, and calls the table `name`.
+    years and codes (999) become missing. Ages from 110 years on are kept. A code in any other column is missing if it
+    lies far from the column's other numbers (`_are_codes`), and kept if it may be one of them. A note reports each of
+    these, and calls the table `name`; another one counts subjects whose visits contradict each other.
     """
     table = table.copy()
+    for column in table.columns:
+        if column not in _NOT_COVARIATES and not pd.api.types.is_bool_dtype(table[column].dtype):
+            table[column] = _without_codes(table[column], name, sidecars, notes)
     if "age_years" in table:
         unit = _age_unit(sidecars, _names_of("age_years", table), notes)
         _add_note(_note_on_unit(unit, name), notes)
         table["age_years"] = _parse_ages(table["age_years"], _UNITS_PER_YEAR.get(unit, 1.0), name, notes)
     _harmonise_sexes(table, sidecars, name, notes)
-    for column in table.columns:
-        if column not in _NOT_COVARIATES and not pd.api.types.is_bool_dtype(table[column].dtype):
-            _add_note(_note_on_codes(table[column], name), notes)
+    for note in notes_on_visits(table, name):
+        _add_note(note, notes)
     return table
 
 
@@ -185,13 +193,93 @@ def _level(text: Any) -> str:
     return str(text.get("Description", "") if isinstance(text, dict) else text).strip().lower()
 
 
-def _note_on_codes(values: pd.Series, name: str) -> str:
-    """A note on codes of a numeric column: those that lie outside the range of its other numbers."""
+def _without_codes(values: pd.Series, name: str, sidecars: Sequence[Path], notes: list[str]) -> pd.Series:
+    """A column without codes for missing values. What may be a code or a value stays; a note reports both."""
     numbers = pd.to_numeric(values, errors="coerce").astype(float)
-    others = numbers[numbers.notna() & ~numbers.isin(_CODES)]
-    low, high = (others.min(), others.max()) if len(others) else (0.0, 0.0)
-    codes = numbers[numbers.isin(_CODES) & ~numbers.between(low, high)]
-    if codes.empty:
-        return ""
-    fault = f"column {values.name!r} holds {len(codes)} × a number that may be a code for a missing value, kept"
-    return f"{name}: {fault}: {_places(codes)}. Write n/a if it is missing"
+    given = numbers.isin(_CODES)
+    if not given.any():
+        return values
+    limits = [_described(sidecars, (str(values.name).lower(),), key, notes) for key in ("Minimum", "Maximum")]
+    others = [*numbers[numbers.notna() & ~given], *(limit for limit in limits if isinstance(limit, int | float))]
+    codes = given & _are_codes(numbers, others)
+    doubtful = given & ~codes & ~numbers.between(min(others, default=0), max(others, default=0))
+    for chosen, fault, remedy in (
+        (codes, "a code for a missing value, now missing", "If it is a value, state Minimum or Maximum in the sidecar"),
+        (doubtful, "a number that may be a code for a missing value, kept", "Write n/a if it is missing"),
+    ):
+        if chosen.any():
+            places = _places(numbers[chosen])
+            _add_note(f"{name}: column {values.name!r} holds {chosen.sum()} × {fault}: {places}. {remedy}", notes)
+    return values.where(~codes) if pd.api.types.is_numeric_dtype(values.dtype) else values.where(~codes, None)
+
+
+def _are_codes(numbers: pd.Series, others: Sequence[float]) -> pd.Series:
+    """Whether numbers are too far from the `others` of their column to be values like them.
+
+    Negative: there are no other negative ones, or it lies further below them than they spread. Positive: more than
+    twice the largest, or less than half of the smallest.
+    """
+    if not others:
+        return numbers.notna()
+    low, high = min(others), max(others)
+    least = 0.0 if low >= 0 else low - max(high - low, -low)
+    return (numbers < least) | ((numbers > 0) & ((numbers > 2 * high) | (numbers < low / 2)))
+
+
+_FIRST_VISIT = re.compile(r"(?:baseline|base|bl|bsl|screening|screen|scr?|initial|init|pre(?:[-_]?op)?)")
+_DAY_FIRST = re.compile(r"(\d\d)[-._](\d\d)[-._](\d{4})")
+
+
+def notes_on_visits(table: pd.DataFrame, name: str) -> list[str]:
+    """Notes that count subjects whose visits contradict each other in sex, or whose age falls, with their rows."""
+    notes = []
+    for column, what in (("sex", "sexes differ"), ("age_years", "age falls")):
+        if {"subject", "session", column} <= set(table.columns):
+            known = table[column].notna() & table["session"].notna()
+            visits: dict[str, dict[tuple[str, Any], int]] = {}
+            cells = (table[name][known] for name in ("subject", "session", column))
+            for place, (subject, session, value) in zip(np.flatnonzero(known), zip(*cells, strict=True), strict=True):
+                visits.setdefault(subject, {}).setdefault((str(session), value), int(place))
+            found = [(subject, pair) for subject, rows in visits.items() if (pair := _contradiction(rows, column))]
+            if found:
+                more = f" and {len(found) - _MAX_PLACES} more" if len(found) > _MAX_PLACES else ""
+                texts = [f"{who} ({_places(table[column].iloc[list(pair)])})" for who, pair in found[:_MAX_PLACES]]
+                fault = f"{len(found)} × a subject whose {what} between visits: {'; '.join(texts)}{more}"
+                notes.append(f"{name}: {fault}. Correct the table, or give two people two names")
+    return notes
+
+
+def _contradiction(rows: dict[tuple[str, Any], int], column: str) -> tuple[int, int] | None:
+    """Places of the first two rows of one subject whose sexes differ, or between which the age falls.
+
+    `rows` are the places of its sessions with their values.
+    """
+    if column == "sex":
+        places = list({value: place for (_, value), place in reversed(rows.items())}.values())[::-1]
+        return (places[0], places[1]) if len(places) > 1 else None
+    if len({value for _, value in rows}) < 2:
+        return None
+    visits = [(order, value, place) for (name, value), place in rows.items() if (order := _visit_order(name))]
+    for (one, earlier, first), (other, later, second) in pairwise(sorted(visits)):
+        if (one[:2] == other[:2] or one[0] < other[0]) and earlier > later and one != other:
+            return first, second
+    return None
+
+
+def _visit_order(session: str) -> tuple[int, str, float] | None:
+    """A key that sorts the visits of one subject by time, as far as their names say it: rank, unit, number.
+
+    >>> _visit_order("baseline") < _visit_order("m06") < _visit_order("m12"), _visit_order("rest")
+    (True, None)
+    """
+    name = _DAY_FIRST.sub(r"\3\2\1", session.lower().strip()).removeprefix("ses-")
+    if _FIRST_VISIT.fullmatch(name):
+        return 0, "", 0.0
+    parts = re.findall(r"\d+|[a-z]+", name)
+    words, numbers = [part for part in parts if part.isalpha()], [part for part in parts if part.isdecimal()]
+    if not numbers and re.fullmatch("[a-f]", name):
+        return 1, "letter", float(ord(name))
+    is_date = not words and len(numbers) > 1
+    if len(words) > 1 or not numbers or (len(numbers) > 1 and not is_date):
+        return None
+    return 1, "date" if is_date or len(numbers[0]) == 8 else "".join(words), float("".join(numbers))

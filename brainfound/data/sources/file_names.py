@@ -51,6 +51,8 @@ _WORDS_OF_LABEL_MAPS = LABEL_WORDS | LESION_WORDS | LABEL_QUALIFIERS | STRUCTURE
 _REPEAT = re.compile(r"(?:run|r|rep|echo|acq)?\d{1,2}|run|rep|echo")
 _B_VALUE_WORD = re.compile(r"b\d+")
 _B_VALUE_IN_NAME = re.compile(r"(?:^|[_\-. ])b[-_=]?(\d+)(?=$|[_\-. ])", re.IGNORECASE)
+_RATER = re.compile(r"(rater|expert|reader|annotator|observer|grader|radiologist)(\d{1,2}|[a-d])?")
+_NUMBERED_LABEL = re.compile(r"(mask|seg|segmentation|label|gt|annotation)([1-9])")
 _BIDS_NAME = re.compile(r"sub-[A-Za-z0-9+]+(?:_[a-z]+-[A-Za-z0-9.+]+)*_[A-Za-z0-9]+")
 
 
@@ -206,6 +208,7 @@ def parse_filename(path: PurePath) -> FileName:
     if column:
         reading = Reading(UNKNOWN, f"a label map ({column})")
         dropped |= {i for part, i in parts if part in _WORDS_OF_LABEL_MAPS or f"{part}_mask" == column}
+        dropped |= _find_rater(parts)[1]
     processing = {i for i, word in enumerate(lower) if word in PROCESSING_WORDS}
     after = {i for i in range(first, len(lower)) if used and _is_processing_after_contrast(lower[i])}
     processing = (processing | after) - dropped
@@ -264,7 +267,14 @@ def _label_column(parts: list[tuple[str, int]], after_contrast: int | None, path
         if part in LESION_WORDS and after not in NOT_A_LESION_MAP
     ]
     # "lesion_001_T1" is a scan of a lesion study; "001_T1_lesion" and "lesions" are label maps.
-    if not words & LABEL_WORDS and not any(after_contrast is None or i >= after_contrast for i in lesions):
+    is_of_rater = any(
+        _NUMBERED_LABEL.fullmatch(part) or (after_contrast is None and _RATER.fullmatch(part)) for part in words
+    )
+    if (
+        not words & LABEL_WORDS
+        and not is_of_rater
+        and not any(after_contrast is None or i >= after_contrast for i in lesions)
+    ):
         return None, 0
     if "dseg" in words:
         return "dseg", 0
@@ -293,6 +303,29 @@ def label_column(name: str) -> str:
     """The column of a map that is known to be a mask, by the words of its name: ``mask`` unless they name a tissue."""
     parts = [(part, 0) for word in re.split(_SEPARATORS, name) for part in _label_parts(word)]
     return _label_column([*parts, ("mask", 0)], 0, PurePath(name))[0] or "mask"
+
+
+def rater_of(path: PurePath) -> str:
+    """Whose label map it is, of several of one image; "" if the name does not say it.
+
+    >>> [rater_of(PurePath(name)) for name in ("p1_rater-2_mask.nii", "mask1.nii", "lesion_2.nii", "consensus.nii")]
+    ['rater2', 'mask1', 'mask2', '']
+    """
+    parts = [(part, i) for i, word in enumerate(re.split(_SEPARATORS, stem(path))) for part in _label_parts(word)]
+    return _find_rater(parts)[0]
+
+
+def _find_rater(parts: list[tuple[str, int]]) -> tuple[str, set[int]]:
+    """The rater and the places of its words: ``rater1``, ``expert_b``, ``mask2``, or ``segmentation_2`` at the end."""
+    for k, ((part, i), (after, j)) in enumerate(pairwise([*parts, ("", -1)])):
+        rater, is_last = _RATER.fullmatch(part), k == len(parts) - 2
+        if rater and (rater.group(2) or re.fullmatch(r"\d{1,2}|[a-d]", after)):
+            return f"{rater.group(1)}{rater.group(2) or after}", {i} if rater.group(2) else {i, j}
+        if _NUMBERED_LABEL.fullmatch(part):
+            return part, {i}
+        if is_last and part in LABEL_WORDS | LESION_WORDS and re.fullmatch("[1-9]", after):
+            return f"mask{after}", {i, j}
+    return "", set()
 
 
 def describe_label_map(path: PurePath) -> str:

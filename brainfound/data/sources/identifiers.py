@@ -24,7 +24,7 @@ _CLOCK = r"(?:[01]\d|2[0-3])[0-5]\d[0-5]\d(?:\.\d+)?"
 _NUMBER = rf"{SEPARATOR}?\d{{1,4}}(?:[-.]\d{{1,2}})?[a-z]?"
 _UNIT = r"(?:months?|mths?|mo|weeks?|wks?|years?|yrs?|yr|days?|hours?|hrs?)"
 _OPERATION = r"(?:op|operative|surgery|surgical|treatment|tx|rt|chemo|therapy)"
-_SESSION = (
+SESSION = (
     rf"(?:ses-[a-z0-9]+|(?<={SEPARATOR}){_DATE}_{_CLOCK}|{_DATE}(?:T?{_CLOCK})?"
     rf"|(?:ses|sess|session|visit|vis|wave|tp|time[-_ ]?point|time|study|exam|{_UNIT}|fu|fup|follow[-_ ]?up|baseline|bl"
     rf"|scan|mr|v|m|w|y|d){_NUMBER}|\d{{1,3}}{_UNIT}(?![-_ ]\d)|\d{{1,3}}[mwy]"
@@ -32,7 +32,7 @@ _SESSION = (
     rf"|(?:pre|post)[-_]?{_OPERATION}"
     r"|(?:first|second|third|1st|2nd|3rd|\dth)[-_ ]?(?:visit|scan|exam|session))"
 )
-_SESSION_IN_NAME = re.compile(rf"(?:(?<={SEPARATOR})|^){_SESSION}(?={SEPARATOR}|$)", re.IGNORECASE)
+_SESSION_IN_NAME = re.compile(rf"(?:(?<={SEPARATOR})|^){SESSION}(?={SEPARATOR}|$)", re.IGNORECASE)
 _SHORT_SESSION = re.compile(rf"(?:v|m|w|y|d|mr|scan){_NUMBER}|\d{{1,3}}[mwy]|{_DATE}(?:[T_]?{_CLOCK})?", re.IGNORECASE)
 _FIRST_SESSION = re.compile(
     rf"ses-[a-z0-9]+|(?:ses|sess|session|visit|wave|tp|time[-_ ]?point|month|week|follow[-_ ]?up){_NUMBER}"
@@ -49,7 +49,7 @@ _OTHER_VISIT = (
 """Words of visits in other languages, and short dates; a subject may be named like them."""
 MAYBE_SESSION = re.compile(
     rf"^\d_\d(?=_)|^(?:fup?\d?|bl|base(?:line)?|scr?|screening|follow-?up)(?={SEPARATOR}\d{{3,}})|"
-    rf"(?:(?<=\d)(?!\d)|(?<=\d[a-z])|(?<={SEPARATOR})|^)(?:{_SESSION}|t\d{{1,2}}|first|second|third|last)(?={SEPARATOR}|$)"
+    rf"(?:(?<=\d)(?!\d)|(?<=\d[a-z])|(?<={SEPARATOR})|^)(?:{SESSION}|t\d{{1,2}}|first|second|third|last)(?={SEPARATOR}|$)"
     rf"|(?<=\d)[a-z](?={SEPARATOR}|$)|(?<={SEPARATOR})[a-z]$"
     rf"|(?:(?<=\d)|(?<={SEPARATOR})){_OTHER_VISIT}(?={SEPARATOR}|$)"
     rf"|(?<=[a-z\d])(?:ses|session|visit|tp|wk|week|month|year|baseline|screening|follow-?up|(?:pre|post)[-_]?op)(?:[-_]?\d+)?(?={SEPARATOR}|$)",
@@ -119,7 +119,7 @@ def parse_identifier(identifier: str) -> SubjectIdentity:
 
 def is_session_name(text: str) -> bool:
     """Whether the whole text names a session: ``ses-1``, ``baseline``, ``2019-03-01``."""
-    return re.fullmatch(_SESSION, text, re.IGNORECASE) is not None
+    return re.fullmatch(SESSION, text, re.IGNORECASE) is not None
 
 
 def is_group(text: str) -> bool:

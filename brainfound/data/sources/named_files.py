@@ -238,7 +238,7 @@ def _subjects_from_folders(root: Path, files: list[NamedFile]) -> list[SubjectId
         home = homes[file.folders[0]]
         if file.is_scan and not _matches_folder(file.identity, home) and not _is_protocol_of(file.identity, home):
             foreign[file.folders[0]].add(file.identity.subject)
-    by_name = any(len(subjects) > 1 for subjects in foreign.values())
+    by_name = any(len(subjects) > 1 or is_group(folder) for folder, subjects in foreign.items())
     subject_folders: dict[str, set[str]] = defaultdict(set)
     for folder, named in foreign.items():
         for subject in named:

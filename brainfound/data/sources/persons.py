@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import pairwise
 
 from brainfound.data.sources.file_names import natural_sort_key, split_words
 from brainfound.data.sources.identifiers import (
@@ -17,6 +18,7 @@ from brainfound.data.sources.identifiers import (
     MAYBE_SESSION,
     MONTH,
     SEPARATOR,
+    SESSION,
     YEAR,
     SubjectIdentity,
     has_number,
@@ -51,8 +53,31 @@ _GLUED_VISIT = re.compile(
     re.IGNORECASE,
 )
 _MONTHS = re.compile(r"m(?:00|03|06|12|18|24|36|48|60)$", re.IGNORECASE)
+_VISIT_IN_LABEL = re.compile(
+    rf"(?P<before>(?:pre|post|bl|fu|baseline|follow-?up)(?=\d))?(?P<person>.*?)"
+    rf"(?P<visit>(?<=\d)(?:{SESSION}|t\d{{1,2}}|pre|post|first|second|third|last|[a-z])"
+    r"|(?<=[a-z]{3})(?:ses|session|visit|tp|baseline|follow-?up|pre|post)\d*)?",
+    re.IGNORECASE,
+)
+"""The visit in a BIDS label: ``p1v2``, ``01b``, ``01post``, ``annaVisit2``, ``pre01``."""
+_NUMBERED_NAME = re.compile(r"(.*[^\W\d_]{3})[-_. ]?(0?[1-9])", re.IGNORECASE)
+_YEAR_IN_NAME = re.compile(rf"(?<!\d){YEAR}(?:[-_.]?{MONTH}(?:[-_.]?{DAY})?)?(?!\d)")
+_SUBJECT_WORDS = {
+    *("ad", "adhd", "adult", "ais", "als", "asd", "baby", "case", "child", "con", "control", "ctl", "ctrl", "dementia"),
+    *("epi", "epilepsy", "female", "glioma", "hc", "healthy", "infant", "kind", "kontrolle", "male", "mci", "monkey"),
+    *("mouse", "ms", "nc", "normal", "old", "paciente", "participant", "pat", "patient", "paziente", "pd", "person"),
+    *("phantom", "proband", "rat", "stroke", "sub", "subj", "subject", "sujet", "sujeto", "tia", "tumor", "tumour"),
+    *("twin", "volunteer", "young"),
+}
+_NOT_NAMES = _SUBJECT_WORDS | {
+    *("brain", "data", "demo", "example", "head", "image", "pilot", "sample", "scan", "study", "test", "train", "val"),
+    *("vol", "volume"),
+}
+"""Words before the numbers of subjects (``case1``, ``case2``) or before names (``hc_anna``)."""
 _MAX_VISITS = 4
 """With more names of one first word, the word names a group and not a person."""
+_NEAR_LETTERS = 3
+"""Letters of visits are less than this far apart in the alphabet."""
 
 
 def find_doubt(identities: Sequence[SubjectIdentity]) -> Doubt | None:
@@ -71,6 +96,8 @@ def find_doubt(identities: Sequence[SubjectIdentity]) -> Doubt | None:
         or _find_shared_numbers(subjects, uncertain)
         or _find_dates(uncertain)
         or _find_glued_visits(uncertain)
+        or _find_numbered_names(uncertain)
+        or _find_names_in_groups(identities)
     )
 
 
@@ -90,6 +117,78 @@ def _find_glued_visits(uncertain: Sequence[str]) -> Doubt | None:
     other_numbers = any(re.search(r"(?<!v)\d+$", _MONTHS.sub("", name.lower())) for name in uncertain)
     are_visits = len(by_stem) > 1 or has_first or not other_numbers
     return (_ONE_OR_TWO, f"{repeated[0][0]} and {repeated[0][1]}") if repeated and are_visits else None
+
+
+def labels_of_one_person(labels: Iterable[str]) -> list[list[str]]:
+    """BIDS labels that may be one person, since they differ in capital letters, leading zeros or a visit only.
+
+    Single letters are visits if they are near each other in the alphabet (``01a``, ``01b``), or if a label has none:
+    ``01c`` and ``01p`` may be a control and a patient.
+    """
+    groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for label in sorted(set(labels), key=natural_sort_key):
+        match = _VISIT_IN_LABEL.fullmatch(label.casefold().removeprefix("sub-"))
+        if match is not None:
+            person = re.sub(r"(?<!\d)0+(?=\d)", "", match["person"])
+            groups[person].append((f"{match['before'] or ''}{match['visit'] or ''}", label))
+    found = []
+    for group in groups.values():
+        letters = sorted({ord(visit) for visit, _ in group if len(visit) == 1})
+        are_visits = len(letters) < len({visit for visit, _ in group}) or len(letters) == 1
+        if len(group) > 1 and (are_visits or any(b - a < _NEAR_LETTERS for a, b in pairwise(letters))):
+            found.append([label for _, label in group])
+    return found
+
+
+def _find_numbered_names(uncertain: Iterable[str]) -> Doubt | None:
+    """Names of people with small numbers, which may be visits: ``anna1``, ``anna2``; ``Meier_01``, ``Meier_02``.
+
+    A word without a vowel is the code of a study (``GBM_1``), and so is the only word of many (``ABC_1`` to ``ABC_5``).
+    """
+    by_name: dict[str, list[str]] = defaultdict(list)
+    others: set[str] = set()
+    for subject in uncertain:
+        name = re.sub(r"[-_. ]?\d+$", "", GROUP_IN_NAME.sub("", subject, count=1)).lower()
+        is_name = _is_personal(split_words(name)) and re.search("[aeiouyà-ü]", name)
+        if is_name and _NUMBERED_NAME.fullmatch(subject):
+            by_name[name].append(subject)
+        else:
+            others.add(name)
+    for name, named in by_name.items():
+        is_only = len(by_name) == 1 and (len(named) > _MAX_VISITS or all(re.search(r"0\d$", name) for name in named))
+        if len(named) > 1 and name not in others and not is_only:
+            return _ONE_OR_TWO, f"{named[0]} and {named[1]}"
+    return None
+
+
+def _is_personal(words: Iterable[str], known: set[str] = _NOT_NAMES) -> bool:
+    """Whether no word is one of those before numbers or names of subjects."""
+    return known.isdisjoint({text for word in words for text in (word, word.removesuffix("s"))})
+
+
+def _find_names_in_groups(identities: Iterable[SubjectIdentity]) -> Doubt | None:
+    """Words of file names in a folder that may be a year's or a delivery's: ``2019_scans/anna``, ``2019_scans/bob``."""
+    named = {
+        f"{identity.subject}/{'_'.join(identity.words)}"
+        for identity in identities
+        if identity.words and not identity.certain and may_hold_several(identity.subject)
+    }
+    found = " and ".join(sorted(named)[:2])
+    return ("the names in a folder may be subjects, or protocols of one", found) if len(named) > 1 else None
+
+
+def may_hold_several(folder: str) -> bool:
+    """Whether a folder with a number may be that of a year, a delivery or a group, and not of one person.
+
+    >>> [may_hold_several(name) for name in ("2019_names", "export_2", "batch3", "p1", "patient_2", "AB12", "berl007")]
+    [True, True, True, False, False, False, False]
+    """
+    rest = _YEAR_IN_NAME.sub("", folder.lower())
+    words, numbers = re.findall(r"[^\W\d_]+", rest), re.findall(r"\d+", rest)
+    if is_group(folder) or not numbers:
+        return True
+    is_small = len(numbers) == 1 and re.fullmatch(r"[1-9]\d?", numbers[0]) is not None
+    return is_small and any(len(word) > 3 for word in words) and _is_personal(words, _SUBJECT_WORDS)
 
 
 def find_same_spelling(subjects: Iterable[str]) -> str | None:
@@ -160,15 +259,19 @@ def _find_public_endings(certain: set[str], uncertain: Iterable[str]) -> Doubt |
 def _find_shared_numbers(subjects: Sequence[str], uncertain: Sequence[str]) -> Doubt | None:
     by_person = {person_words(subject): subject for subject in subjects}
     by_number: dict[tuple[str, ...], str] = {}
+    by_last: dict[str, str] = {}
     for subject in uncertain:
-        person, first = person_words(subject), split_words(subject)[:2]
+        person, words = person_words(subject), split_words(MAYBE_SESSION.sub("", subject))
         shortest = 1 if isinstance(next(iter(person), ""), int) else 2
         for length in range(shortest, len(person)):
             if person[:length] in by_person:
                 return "one name begins with another", f"{by_person[person[:length]]} and {subject}"
-        # Two words and a third, none with a number: hc_anna_abc, hc_anna_xyz.
-        is_phrase = len(first) == 2 and not has_number(subject) and len(split_words(subject)) > 2
-        number = first if is_phrase else subject_number_words(subject)
+        # One or two words and another, none with a number: anna_abc, anna_xyz; abc_anna, xyz_anna; hc_anna_abc, ….
+        is_phrase = len(words) > 1 and not has_number("_".join(words))
+        shared = words[:1] if _is_personal(words[:1]) else words[:2] if len(words) > 2 else ()
+        number = shared if is_phrase and shared else subject_number_words(subject)
+        if is_phrase and (last := by_last.setdefault(words[-1], subject)) != subject:
+            return _ONE_OR_TWO, f"{last} and {subject}"
         other = by_number.setdefault(number, subject) if number else subject
         if other != subject:
             return _ONE_OR_TWO, f"{other} and {subject}"

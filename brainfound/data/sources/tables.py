@@ -22,7 +22,7 @@ from typing import Any
 
 import pandas as pd
 
-from brainfound.data.sources.file_names import UnusedFiles, describe_label_map, natural_sort_key
+from brainfound.data.sources.file_names import UnusedFiles, describe_label_map, natural_sort_key, rater_of
 from brainfound.errors import CohortError
 
 SessionKey = tuple[str, str]
@@ -366,6 +366,7 @@ def join_label_maps(
     `label_maps` are in order of preference. Returns the columns, which always include ``mask``. A note counts each
     choice between maps whose names say that they show different things.
     """
+    label_maps = _separate_raters(list(label_maps), notes)
     choices: Counter[tuple[str, str, str]] = Counter()
     keys = list(zip(table["subject"], table["session"], strict=True))
     known = set(keys)
@@ -388,3 +389,21 @@ def join_label_maps(
     for column in columns:
         table[column] = [str(kept[column][key]) if key in kept[column] else None for key in keys]
     return columns
+
+
+def _separate_raters(label_maps: list[LabelMapRow], notes: list[str]) -> list[LabelMapRow]:
+    """A column per rater where sessions have maps of several; a consensus, or a map without a rater, keeps its own."""
+    raters: dict[tuple[str, SessionKey], set[str]] = {}
+    for column, key, file in label_maps:
+        raters.setdefault((column, key), set()).add(rater_of(file))
+    several = {column for (column, _), names in raters.items() if len(names) > 1}
+    for column in sorted(several):
+        names = [names for (other, _), names in raters.items() if other == column]
+        num_without = sum("" not in found for found in names)
+        found = ", ".join(f"{name}_{column}" for name in sorted(set().union(*names)) if name)
+        choose = f"; {num_without} sessions have none in {column!r}: choose a column with --mask" if num_without else ""
+        notes.append(f"label maps of several raters are the columns {found}{choose}")
+    return [
+        (f"{rater}_{column}" if column in several and (rater := rater_of(file)) else column, key, file)
+        for column, key, file in label_maps
+    ]

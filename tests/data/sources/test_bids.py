@@ -381,23 +381,64 @@ def test_a_file_that_names_another_person_than_its_folder_is_not_used(layout, co
         "sub-1/anat/sub-1_ses-b_FLAIR.nii.gz",
         "sub-3/ses-a/anat/sub-3_ses-b_T1w.nii.gz",
         "sub-HC4/ses-a/anat/sub-hc4_ses-A_T1w.nii.gz",
-        "sub-01/anat/sub-01_T1w.nii.gz",
         "derivatives/x/sub-1/anat/sub-2_mask.nii.gz",
     )
     cohort = Cohort.read(root)
-    assert sorted(contents(cohort)) == [("sub-01", "1"), ("sub-1", "1"), ("sub-1", "b"), ("sub-HC4", "a")]
+    assert sorted(contents(cohort)) == [("sub-1", "1"), ("sub-1", "b"), ("sub-HC4", "a")]
     assert [file.name for file, reason in cohort.unused if "another subject or session" in reason] == [
         "sub-2_T2w.nii.gz",
         "sub-3_ses-b_T1w.nii.gz",
         "sub-2_mask.nii.gz",
     ]
-    assert any("2 subjects differ from another in leading zeros only" in note for note in cohort.notes)
 
 
-@pytest.mark.parametrize("labels", [("AA", "aa"), ("p1v1", "p1v2"), ("OAS30001MR1", "OAS30001MR2")])
-def test_labels_that_may_be_one_person_are_refused(layout, labels):
+LABELS_IN_DOUBT = [
+    *[("AA", "aa"), ("p1v1", "p1v2"), ("OAS30001MR1", "OAS30001MR2"), ("21a", "21b"), ("21A", "21c"), ("21", "21b")],
+    *[("7", "07"), ("K007", "K07"), ("21pre", "21post"), ("21bl", "21fu"), ("21m06", "21m12"), ("21t0", "21t1")],
+    *[("adaVisit1", "adaVisit2"), ("pre21", "post21"), ("21", "21retest"), ("7a", "07b"), ("21y1", "21y3")],
+]
+
+
+@pytest.mark.parametrize("labels", LABELS_IN_DOUBT)
+def test_labels_that_may_be_one_person_are_refused_with_the_line_to_write(layout, labels):
+    root = layout(*(f"sub-{label}/anat/sub-{label}_T1w.nii.gz" for label in labels))
+    with pytest.raises(CohortError, match=r"may be one person.*participants\.tsv.* sub-\w+, \w+, T1w, sub-\w+/anat/"):
+        Cohort.read(root)
+    (root / "participants.tsv").write_text(
+        "participant_id\tsex\tage\n" + "".join(f"sub-{x}\tF\t3{x[-1:]}\n" for x in labels)
+    )
     with pytest.raises(CohortError, match="may be one person"):
-        Cohort.read(layout(*(f"sub-{label}/anat/sub-{label}_T1w.nii.gz" for label in labels)))
+        Cohort.read(root)
+
+
+@pytest.mark.parametrize("facts", [("F\t41", "M\t41"), ("F\t12", "F\t41"), ("n/a\t12", "F\t41")])
+@pytest.mark.parametrize("labels", [("21a", "21b"), ("7", "07"), ("21", "21b"), ("21pre", "21post")])
+def test_labels_alike_are_two_people_where_the_table_shows_it(layout, labels, facts):
+    rows = "".join(f"sub-{label}\t{text}\n" for label, text in zip(labels, facts, strict=True))
+    scans = (f"sub-{label}/anat/sub-{label}_T1w.nii.gz" for label in labels)
+    cohort = Cohort.read(layout(*scans, content={"participants.tsv": f"participant_id\tsex\tage\n{rows}"}))
+    assert set(cohort.table["subject"]) == {f"sub-{label}" for label in labels}
+
+
+@pytest.mark.parametrize("facts", [("F\t41", "n/a\tn/a"), ("F\t41", "F\t43"), ("F\t41", None)])
+def test_a_table_that_does_not_show_two_people_leaves_the_doubt(layout, facts):
+    rows = "".join(f"sub-{label}\t{text}\n" for label, text in zip(("21a", "21b"), facts, strict=True) if text)
+    root = layout(*(f"sub-21{x}/anat/sub-21{x}_T1w.nii.gz" for x in "ab"))
+    (root / "participants.tsv").write_text(f"participant_id\tsex\tage\n{rows}")
+    with pytest.raises(CohortError, match="sub-21a and sub-21b"):
+        Cohort.read(root)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        *[("21c", "21p"), ("abc", "abd"), ("control01", "patient01"), ("m01", "m02", "v01"), ("20190301", "20190302")],
+        *[("1001", "101"), ("ecog01", "ecog02"), ("2m1", "3m1"), ("xp101", "xp102"), ("A00028185", "A00028186")],
+    ],
+)
+def test_labels_of_different_people_are_read(layout, labels):
+    cohort = Cohort.read(layout(*(f"sub-{label}/anat/sub-{label}_T1w.nii.gz" for label in labels)))
+    assert set(cohort.table["subject"]) == {f"sub-{label}" for label in labels}
 
 
 def test_a_folder_of_dicom_is_not_bids_for_its_names(layout):

@@ -133,28 +133,101 @@ def test_gender_fills_an_empty_sex_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "noted"),
+    ("values", "is_code"),
     [
-        (("27", "-999", "24"), "line 3 '-999'"),
-        (("27", "24", "9999"), "line 4 '9999'"),
-        (("-1.5", "2", "-9"), "line 4 '-9'"),
-        (("3100", "999", "4200"), "line 3 '999'"),
-        (("mild", "-99", "none"), "line 3 '-99'"),
-        (("700", "999", "1800"), ""),
-        (("-20", "-9", "4"), ""),
-        (("27", "24", "n/a"), ""),
+        (("27", "24", "-999"), True),
+        (("27", "24", "9999"), True),
+        (("27", "24", "888"), True),
+        (("-1.5", "2", "-9"), True),
+        (("3100", "4200", "999"), True),
+        (("mild", "none", "-99"), True),
+        (("0", "1", "-9"), True),
+        (("-20", "4", "-999"), True),
+        (("700", "1800", "999"), False),
+        (("-20", "4", "-9"), False),
+        (("27", "24", "n/a"), False),
     ],
 )
-def test_numbers_that_may_be_codes_are_kept_and_noted(tmp_path, values, noted):
-    found, notes = read_column(tmp_path, "score", *values)
+@pytest.mark.parametrize("column", ["score", "diagnosis", "site"])
+def test_a_code_is_missing_unless_the_column_has_such_values(tmp_path, column, values, is_code):
+    found, notes = read_column(tmp_path, column, *values)
     assert [str(value).removesuffix(".0") for value in found[:2]] == list(values[:2])
-    assert noted in notes
-    assert bool(noted) == ("'score' holds 1 × a number that may be a code" in notes)
+    assert (found[2] is None) == (is_code or values[2] == "n/a")
+    noted = f"column '{column}' holds 1 × a code for a missing value, now missing: line 4 '{values[2]}'"
+    assert (noted in notes) == is_code
+    assert bool(notes) == is_code
+
+
+@pytest.mark.parametrize("values", [("850", "920", "999"), ("-8", "-3", "-9"), ("600", "1100", "-3", "-99")])
+def test_a_number_that_may_be_a_value_or_a_code_is_kept_and_noted(tmp_path, values):
+    found, notes = read_column(tmp_path, "score", *values)
+    assert found == [float(value) for value in values]
+    assert "'score' holds 1 × a number that may be a code for a missing value, kept" in notes
+
+
+def test_the_sidecar_says_which_values_a_column_has(tmp_path):
+    found, notes = read_column(tmp_path, "depth", "5", "12", "-99", sidecar={"depth": {"Minimum": -100}})
+    assert (found, notes) == ([5, 12, -99], "")
+
+
+@pytest.mark.parametrize("code", ["-9", "-66", "-77", "-88", "-99", "-777", "-888", "-9999", "-99999", "777", "99999"])
+def test_each_code_of_other_programs_is_missing(tmp_path, code):
+    found, notes = read_column(tmp_path, "score", "27", code, "24")
+    assert found == [27, None, 24]
+    assert "1 × a code for a missing value, now missing" in notes
+
+
+def test_a_code_is_no_sex(tmp_path):
+    sexes, notes = read_column(tmp_path, "sex", "F", "-9", "M")
+    assert sexes == ["F", None, "M"]
+    assert "numbers" not in notes
+
+
+def write_visits(folder: Path, *rows: str) -> str:
+    (folder / "manifest.csv").write_text("\n".join(["subject,session,contrast,path,age,sex", *rows]), encoding="utf-8")
+    return "\n".join(Cohort.read(folder).notes)
+
+
+def test_visits_that_contradict_each_other_in_sex_are_counted_and_named(tmp_path):
+    notes = write_visits(
+        tmp_path,
+        *("ada,v1,T1w,a.nii,30,F", "ada,v1,T2w,b.nii,30,F", "ada,v2,T1w,c.nii,31,M"),
+        *("ben,v1,T1w,d.nii,40,male", "ben,v2,T1w,e.nii,41,M", "cy,v1,T1w,f.nii,50,F", "cy,v2,T1w,g.nii,51,"),
+    )
+    assert "manifest.csv: 1 × a subject whose sexes differ between visits: ada (line 2 'F', line 4 'M')." in notes
 
 
 @pytest.mark.parametrize(
-    "code", ["-9", "-77", "-88", "-99", "-777", "-888", "-999", "-9999", "-99999", "999", "9999", "99999"]
+    ("earlier", "later"),
+    [
+        *[("v1", "v2"), ("v2", "v10"), ("baseline", "m06"), ("m06", "m12"), ("2019-03-04", "2020-05-06"), ("1", "2")],
+        *[("20190304", "20200506"), ("06.05.2019", "04.03.2020"), ("a", "b"), ("pre", "followup2"), ("12m", "24m")],
+    ],
 )
-def test_each_code_of_other_programs_is_noted(tmp_path, code):
-    _, notes = read_column(tmp_path, "score", "27", code, "24")
-    assert "'score' holds 1 × a number that may be a code" in notes
+def test_an_age_that_falls_from_visit_to_visit_is_noted(tmp_path, earlier, later):
+    notes = write_visits(tmp_path, f"ada,{later},T1w,a.nii,60,F", f"ada,{earlier},T1w,b.nii,61.5,F")
+    assert "1 × a subject whose age falls between visits: ada (line 3 '61.5', line 2 '60')." in notes
+    assert "falls" not in write_visits(tmp_path, f"ada,{later},T1w,a.nii,61.5,F", f"ada,{earlier},T1w,b.nii,60,F")
+
+
+def test_visits_without_a_known_order_say_nothing_of_falling_ages(tmp_path):
+    assert write_visits(tmp_path, "ada,rest,T1w,a.nii,60,F", "ada,task,T1w,b.nii,61,F") == ""
+
+
+def test_tables_of_bids_are_compared_over_visits(layout):
+    scans = [f"sub-7/ses-{n}/anat/sub-7_ses-{n}_T1w.nii.gz" for n in (1, 2)]
+    text = "session_id\tage\tsex\nses-1\t33\tF\nses-2\t32\tM\n"
+    notes = "\n".join(Cohort.read(layout(*scans, content={"sub-7/sub-7_sessions.tsv": text})).notes)
+    assert "a subject whose sexes differ between visits: sub-7 (line 2 'F', line 3 'M')" in notes
+    assert "a subject whose age falls between visits: sub-7 (line 2 '33', line 3 '32')" in notes
+
+
+def test_the_sex_of_a_visit_is_compared_with_that_of_the_person(layout):
+    scans = [f"sub-7/ses-{n}/anat/sub-7_ses-{n}_T1w.nii.gz" for n in (1, 2)]
+    tables = {
+        "participants.tsv": "participant_id\tsex\nsub-7\tF\n",
+        "sub-7/sub-7_sessions.tsv": "session_id\tsex\nses-1\tn/a\nses-2\tM\n",
+    }
+    notes = "\n".join(Cohort.read(layout(*scans, content=tables)).notes)
+    assert "sub-*_sessions.tsv and participants.tsv: 1 × a subject whose sexes differ" in notes
+    assert "sub-7 ('F', 'M')" in notes

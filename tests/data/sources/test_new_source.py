@@ -48,6 +48,8 @@ def test_one_module_and_one_line_make_a_source(package_copy, run_on_copy, tmp_pa
     cohort = tmp_path / "cohort"
     cohort.mkdir()
     (cohort / "index.txt").write_text("a T1w a.nii.gz\nb FLAIR b.nii.gz\n")
+    for name in ("a.nii.gz", "b.nii.gz"):
+        (cohort / name).touch()
     done = run_on_copy(RUN, cohort)
     assert done.returncode == 0, done.stderr
     assert "layout            index" in done.stdout

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brainfound.contrasts import UNKNOWN
+from brainfound.data.cohort import Cohort
 from brainfound.data.sources.named_file import describe_file
 from brainfound.data.sources.named_files import _identify_subjects
 from brainfound.errors import CohortError
@@ -103,6 +104,9 @@ TEMPLATES = (
 )
 
 
+WORDS_ONLY = tuple(form for form in IDENTIFIERS if "{name}" in form)
+
+
 @dataclass(frozen=True)
 class Names:
     """The paths of a folder, each with the person that it shows."""
@@ -177,7 +181,85 @@ def test_one_person_is_one_subject_or_refused():
     assert_one_subject_per_person(names(), 200)
 
 
+def test_persons_named_by_words_are_one_subject_each_or_refused():
+    assert_one_subject_per_person(names(WORDS_ONLY), 200)
+
+
+@pytest.mark.slow
+def test_many_compositions_of_words_keep_persons_apart():
+    assert_one_subject_per_person(names(WORDS_ONLY), 20_000)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *("ines1 ines2", "Vogt_1 Vogt_2", "Vogt-1 Vogt-2", "ines1 ines2 otto1", "Vogt_1 Vogt_2 Lang_1 Lang_2"),
+        *("Vogt_01 Vogt_02 Lang_01", "ines_vogt_1 ines_vogt_2 otto_lang_1", "INES1 INES2", "ines_T1_qqq ines_T1_zzz"),
+        *("ines_mpr2 ines_mpr5", "ines_v1_qqq ines_v2_zzz", "Zoé_1 Zoé_2", "ines1 ines3"),
+    ],
+)
+@pytest.mark.parametrize("pattern", ["{}_T1.nii.gz", "{}/T1.nii.gz", "site4/{}_T1.nii.gz"])
+def test_names_with_a_last_number_or_word_may_be_visits(layout, names, pattern):
+    root = layout(*(f"{pattern.format(name)}" for name in names.split()))
+    with pytest.raises(CohortError, match="do not identify the subjects"):
+        Cohort.read(root)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *("control1 control2 patient1 patient2", "GBM_1 GBM_2", "subject1 subject2", "case_1 case_2"),
+        *(
+            "Vogt_01 Vogt_02 Vogt_03",
+            "AIM_1 AIM_2 AIM_3 AIM_4 AIM_5",
+            "oasi7 oasi8 oasi9 oasi12",
+            "Vogt_Ines Lang_Otto",
+            "ines1 otto2",
+            "hc_ines hc_otto",
+        ),
+    ],
+)
+def test_numbers_and_groups_of_subjects_are_read(layout, names):
+    root = layout(*(f"{name}_T1.nii.gz" for name in names.split()))
+    assert set(Cohort.read(root).table["subject"]) == set(names.split())
+
+
+@pytest.mark.parametrize("names", ["ines_FLAIR otto_T1", "ines_T1 otto_T1", "ines_T1 ines_FLAIR otto_T2 emil_T1"])
+@pytest.mark.parametrize(
+    "folder",
+    [
+        *("2017_scans_of", "2017", "export_4", "mydata3", "delivery_2020-03", "archive12", "2018_06", "names2021"),
+        *("site4", "batch_7", "center_2", "cohort3", "controls", "batch_7/2017_scans_of", "site4/export_4"),
+    ],
+)
+def test_a_folder_of_several_people_is_no_person(layout, folder, names):
+    root = layout(*(f"{folder}/{name}.nii.gz" for name in names.split()))
+    people = {name.split("_")[0] for name in names.split()}
+    try:
+        found = set(Cohort.read(root).table["subject"])
+    except CohortError:
+        found = people
+    assert found == people
+
+
+@pytest.mark.parametrize("folder", ["site4", "batch_7", "centre2", "patients"])
+def test_the_only_file_of_a_group_is_its_subject(layout, folder):
+    assert set(Cohort.read(layout(f"{folder}/ines_FLAIR.nii.gz")).table["subject"]) == {"ines"}
+
+
+def test_one_name_in_folders_of_two_years_is_one_person_or_refused(layout):
+    with pytest.raises(CohortError, match="2017_scans/ines and 2019_scans/ines"):
+        Cohort.read(layout("2017_scans/ines_T1.nii.gz", "2019_scans/ines_T1.nii.gz"))
+
+
+@pytest.mark.parametrize("folder", ["q{}", "patient_{}", "AB1{}", "berl00{}", "10{}", "control{}"])
+def test_words_in_the_folder_of_a_person_are_a_protocol(layout, folder):
+    names = ("xyz_T1", "uvw_FLAIR")
+    root = layout(*(f"{folder.format(n)}/{name}.nii.gz" for n in (1, 2) for name in names))
+    assert set(Cohort.read(root).table["subject"]) == {folder.format(1), folder.format(2)}
+
+
 @pytest.mark.slow
 def test_many_compositions_of_names_keep_persons_apart():
-    numbered = tuple(form for form in IDENTIFIERS if "{n" in form and "{name}" not in form)
+    numbered = tuple(form for form in IDENTIFIERS if form not in WORDS_ONLY)
     assert_one_subject_per_person(names(numbered), 20_000)
