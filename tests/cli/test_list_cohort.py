@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -104,6 +106,19 @@ def test_a_lost_data_set_is_exit_code_3_of_both_commands(tmp_path, write_scan):
     rows = (tmp_path / "store" / "rejected.tsv").read_text().splitlines()
     assert [row.split("\t")[0] for row in rows[1:]] == ["west"]
     assert "1 subject" in rows[1]
+
+
+def test_a_label_map_that_is_listed_as_a_scan_is_rejected(tmp_path, write_scan):
+    for name in ("sub-1", "sub-2"):
+        scan = write_scan(f"all/{name}/anat/{name}_T1w.nii.gz", spacing=6.0, shape=(20, 24, 18))
+    image = nib.load(scan)
+    nib.save(nib.Nifti1Image((np.asarray(image.dataobj) > 20).astype(np.uint8) * 17, image.affine), scan)
+    small = ["--contrasts", "T1w", "--set", "spacing_mm=[6,6,6]", "--set", "size=[28,28]", "-q"]
+    result = CliRunner().invoke(app, ["prepare", str(tmp_path / "all"), str(tmp_path / "store"), *small])
+    assert result.exit_code == 3, result.output
+    (row,) = (tmp_path / "store" / "rejected.tsv").read_text().splitlines()[1:]
+    assert "sub-2_T1w.nii.gz" in row
+    assert "a mask or label map" in row
 
 
 @pytest.mark.parametrize(

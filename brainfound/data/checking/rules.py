@@ -16,7 +16,7 @@ import numpy as np
 from brainfound.data.checking.contract import InputContract, missing_contrast_note
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import ScanQuality
-from brainfound.data.reading.scan import Scan
+from brainfound.data.reading.scan import Scan, labels_in
 
 Level = Literal["ok", "note", "warn", "fail"]
 LEVELS: tuple[Level, ...] = ("ok", "note", "warn", "fail")
@@ -29,10 +29,8 @@ MAX_SPACING_RATIO = 1.5
 """Longest voxel edge over the longest one in training."""
 MAX_GRID_SPACING_RATIO = 3.0
 """For a model without a contract: longest voxel edge over that of the stack's grid."""
-FEW_VALUES, MAX_MASK_VALUES = 40, 12
-"""Fewer different values than the first are a coarse quantisation; at most the second are a mask."""
-MIN_LABEL_NEIGHBOUR_SHARE = 0.8
-"""Share of neighbouring voxels with the same whole number in a label map; images have less."""
+FEW_VALUES = 40
+"""Fewer different values are a coarse quantisation."""
 MAX_CLIPPED_SHARE = 0.02
 """Share of the foreground at the highest value; robust scaling in other tools clips at most 0.5 to 1 %."""
 MAX_NEGATIVE_SHARE = 0.2
@@ -115,8 +113,8 @@ def intensity_findings(
 ) -> list[Finding]:
     """Is it an image, with plausible values?"""
     values = scan.data[::2, ::2, ::2].ravel()
-    different, counts = np.unique(values, return_counts=True)
-    if _is_label_map(scan, different, counts):
+    different = np.unique(values)
+    if labels_in(scan) != "no":
         message = f"only {len(different)} different values, as in a mask or label map"
         return [Finding("intensity", "fail", message, "Give the image from which the mask was drawn")]
     findings: list[Finding] = []
@@ -148,19 +146,6 @@ def intensity_findings(
             message = f"{share:.0%} of the voxels lie outside of {low:g} to {high:g}, the model's fixed range"
             add("fail" if share > 0.5 else "warn", message, "Check the unit of the map")
     return findings or [Finding("intensity", "ok")]
-
-
-def _is_label_map(scan: Scan, different: np.ndarray, counts: np.ndarray) -> bool:
-    if len(different) <= MAX_MASK_VALUES:
-        return True
-    if len(different) > 2000 or not np.array_equal(different, np.rint(different)):
-        return False
-    most = different[counts.argmax()]
-    middle = scan.data[tuple(slice(n // 4, max(n - n // 4, n // 4 + 2)) for n in scan.data.shape)]
-    here, next_ = middle[:-1], middle[1:]
-    inside = (here != most) & (next_ != most)
-    same = np.count_nonzero(inside & (here == next_))
-    return bool(same > MIN_LABEL_NEIGHBOUR_SHARE * max(int(np.count_nonzero(inside)), 1))
 
 
 def skull_finding(quality: ScanQuality, contract: InputContract) -> Finding | None:

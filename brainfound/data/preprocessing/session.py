@@ -15,7 +15,7 @@ from brainfound.data.hooks import Hook, run_hooks
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import ScanQuality, Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
-from brainfound.data.reading.scan import Scan, load_scan
+from brainfound.data.reading.scan import MAX_MASK_VALUES, Scan, labels_in, load_scan
 from brainfound.errors import ScanError, UsageError
 
 FURTHER_SCAN_REASON = "another scan of this contrast"
@@ -70,13 +70,15 @@ def prepare_session(
     mask: str = "mask",
     hooks: Sequence[Hook] = (),
     inspect: Callable[[Scan, StackBuilder], None] | None = None,
+    refuse_label_maps: bool = False,
 ) -> PreparedSession:
     """Read and prepare one session; one scan at a time is in memory. ``mask`` is the column of the stack's mask.
 
-    ``inspect`` is called with each scan that was accepted, after the builder has added it.
+    ``inspect`` is called with each scan that was accepted, after the builder has added it. ``refuse_label_maps``: a
+    scan that is a label map is not used; one that may be gets a note.
     """
     with tempfile.TemporaryDirectory() if hooks else nullcontext("") as folder:
-        return _Preparation(session, preprocessing, mask, hooks, Path(folder), inspect).run()
+        return _Preparation(session, preprocessing, mask, hooks, Path(folder), inspect, refuse_label_maps).run()
 
 
 @dataclass
@@ -87,6 +89,7 @@ class _Preparation:
     hooks: Sequence[Hook]
     folder: Path
     inspect: Callable[[Scan, StackBuilder], None] | None = None
+    refuse_label_maps: bool = False
     not_used: list[UnusedFile] = field(default_factory=list)
 
     def run(self) -> PreparedSession:
@@ -99,12 +102,18 @@ class _Preparation:
                     # Other scans are registered to the reference scan after its hooks.
                     file = run_hooks(source, self.hooks, contrast=contrast, reference=reference, folder=self.folder)
                     scan = load_scan(file)
+                    labels = labels_in(scan) if self.refuse_label_maps else "no"
+                    if labels == "surely":
+                        expected, remedy = "an image", "Give the image from which it was drawn, and this one as a mask"
+                        raise ScanError("a mask or label map", where=source.name, expected=expected, remedy=remedy)
                     if builder is None:
                         # If this fails, the contrast's next scan is the reference, or that of the next contrast.
                         builder = StackBuilder(self.preprocessing, contrast, scan, source.name)
                         reference = file
                     else:
                         builder.add(contrast, scan, source.name)
+                    if labels == "perhaps":
+                        builder.note(f"at most {MAX_MASK_VALUES} different values, as in a mask or label map")
                     if self.inspect is not None:
                         self.inspect(scan, builder)
                     del scan

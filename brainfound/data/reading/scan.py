@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -36,6 +37,14 @@ MAX_NONFINITE_SHARE = 1e-3
 """Share of voxels outside of the head that may be NaN or infinite; more is a damaged file or a mask in NaN."""
 MIN_RANGE = 1e-30
 """Smallest range of an image's values that can be scaled in float32. Diffusivities in m²/s vary by 1e-9."""
+
+MAX_MASK_VALUES, MAX_LABEL_VALUES = 12, 2000
+"""No more different values than the first are those of a mask, or a coarse quantisation; no label map has more than the
+second."""
+MIN_FLAT_SHARE, MAX_STEP_SHARE = 0.7, 0.5
+"""In a label map more neighbours than the first share are equal, along each axis; of the others fewer than the second
+are next to each other among the values. A quantised scan that is as flat rises and falls by single steps: 0.88 or
+more."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,34 @@ def _check_range(data: np.ndarray, low: float, high: float, path: Path) -> None:
     if low == high:
         what = "all voxels are zero" if low == 0 else f"all voxels have the value {low:g}"
         raise ScanError(what, where=path.name, expected="an image", remedy="Export the scan again or leave it out")
+
+
+def labels_in(scan: Scan) -> Literal["no", "perhaps", "surely"]:
+    """Whether a scan is a mask or label map: whole numbers in flat regions with sudden borders.
+
+    A scan that was quantised is none, since its values rise and fall by single steps; with few of them, it is perhaps.
+    """
+    sample = np.unique(scan.data[::3, ::3, ::3])
+    unsure: Literal["no", "perhaps"] = "perhaps" if len(sample) <= MAX_MASK_VALUES else "no"
+    if len(sample) > MAX_LABEL_VALUES or not np.array_equal(sample, np.rint(sample)):
+        return unsure
+    middle = scan.data[tuple(slice(n // 4, max(n - n // 4, n // 4 + 2)) for n in scan.data.shape)]
+    low = float(middle.min())
+    if float(middle.max()) - low > MAX_LABEL or not np.array_equal(middle, np.rint(middle)):
+        return unsure
+    codes = (middle - np.float32(low)).astype(np.int32)
+    counts = np.bincount(codes.ravel())
+    ranks = (np.cumsum(counts > 0) - 1)[codes].astype(np.int32)
+    most = ranks.flat[np.flatnonzero(codes == counts.argmax())[0]]
+    flat, num_others, num_steps = [], 0, 0
+    for axis in range(3):
+        here, after = (ranks.take(range(a, ranks.shape[axis] - 1 + a), axis) for a in (0, 1))
+        distance = np.abs(after - here)[(here != most) & (after != most)]
+        flat.append(np.count_nonzero(distance == 0) / max(len(distance), 1))
+        num_others += int(np.count_nonzero(distance))
+        num_steps += int(np.count_nonzero(distance == 1))
+    is_flat = min(flat) > MIN_FLAT_SHARE and num_steps < MAX_STEP_SHARE * num_others
+    return "surely" if is_flat or len(sample) <= 2 else unsure
 
 
 def _nonfinite_error(count: int, size: int, path: Path, where: str = "") -> ScanError:

@@ -77,7 +77,7 @@ def write_shard(job: ShardJob) -> None:
         with SliceFileWriter(unfinished) as writer:
             for session in job.sessions:
                 identity = {"subject": session.subject, "session": session.session}
-                prepared = prepare_session(session, job.preprocessing, job.mask, job.hooks)
+                prepared = prepare_session(session, job.preprocessing, job.mask, job.hooks, refuse_label_maps=True)
                 if prepared.stack is not None:
                     prepared = _write_stack(writer, session, prepared, prepared.stack)
                 for entry in prepared.not_used:

@@ -13,9 +13,10 @@ import zipfile
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from brainfound.data.reading.header_geometry import axis_codes
-from brainfound.data.reading.scan import load_scan, read_header
+from brainfound.data.reading.scan import labels_in, load_scan, read_header
 from brainfound.errors import ScanError
 from tests.damage import truncate
 
@@ -529,3 +530,34 @@ def test_affines_that_cannot_be_a_scans_are_refused(tmp_path, fields, reason):
 
 def test_a_left_handed_grid_needs_no_note(tmp_path):
     assert _notes(tmp_path, pixdim=SIZES, srow_x=[-2, 0, 0, 0]) == ("sform", ())
+
+
+def _smooth_head(seed: int) -> np.ndarray:
+    """An ellipsoid of smooth grey values from 0 to 1 with some noise, on 0."""
+    random = np.random.default_rng(seed)
+    x = np.stack(np.meshgrid(*[np.linspace(-1, 1, 48)] * 3, indexing="ij"))
+    values = ndimage.gaussian_filter(random.normal(size=(48, 48, 48)), 3)
+    values = (values - values.min()) / np.ptp(values) + random.normal(0, 0.01, values.shape)
+    return np.where((x**2).sum(axis=0) < 0.8, np.clip(values, 0, 1), 0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("num_levels", [5, 8, 12, 16, 32, 64, 256, 4096])
+@pytest.mark.parametrize("factor", [1, 9])
+def test_a_quantised_scan_is_no_label_map(write_scan, num_levels, factor, seed):
+    values = np.rint(_smooth_head(seed) * (num_levels - 1)) * factor
+    found = labels_in(load_scan(write_scan("a.nii.gz", values.astype(np.int16))))
+    assert found == "perhaps" if num_levels <= 12 else found != "surely"
+    assert found == "no" or num_levels < 20
+
+
+@pytest.mark.parametrize(
+    ("num_regions", "codes"), [(1, (1,)), (8, (2, 41, 77)), (60, (2, 4, 10, 17, 41, 49, 53, 1035))]
+)
+def test_regions_of_codes_are_a_label_map(write_scan, num_regions, codes):
+    random = np.random.default_rng(num_regions)
+    centres = random.uniform(4, 44, (num_regions, 3))
+    points = np.stack(np.meshgrid(*[np.arange(48)] * 3, indexing="ij"), axis=-1)
+    nearest = np.argmin([((points - centre) ** 2).sum(axis=-1) for centre in centres], axis=0)
+    values = np.where(_smooth_head(3) > 0, random.choice(codes, num_regions)[nearest], 0)
+    assert labels_in(load_scan(write_scan("a.nii.gz", values.astype(np.int16)))) == "surely"

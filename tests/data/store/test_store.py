@@ -188,10 +188,10 @@ def test_other_schemas_and_unknown_columns_are_refused(small_store, tmp_path):
 
 def test_a_reference_scan_that_cannot_be_used_does_not_stop_the_others(cohort_folder, tmp_path):
     shape = (34, 42, 30)
-    binary = np.zeros(shape, np.float32)
-    binary[5:-5, 5:-5, 5:-5] = 1
+    flat = np.zeros(shape, np.float32)
+    flat[5:-5, 5:-5, 5:-5] = 0.5
     affine = nib.load(cohort_folder / "s00_T2w.nii.gz").affine
-    nib.save(nib.Nifti1Image(binary, affine), cohort_folder / "s00_T1w.nii.gz")
+    nib.save(nib.Nifti1Image(flat, affine), cohort_folder / "s00_T1w.nii.gz")
     store = prepare(cohort_folder, tmp_path / "store", SETTINGS)
     assert len(store) == 6
     assert store.present[0].tolist() == [False, True, True]
