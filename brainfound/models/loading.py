@@ -100,7 +100,6 @@ def read_patch_size(source: str | Path, contrasts: Sequence[str]) -> int | None:
 
     Raises as `load_initial_model`, which also refuses unsupported families.
     """
-    require_start(source)
     is_ours = is_brainfound(source)
     with reading_model(str(source)):
         config = (BrainFoundConfig if is_ours else AutoConfig).from_pretrained(str(source))

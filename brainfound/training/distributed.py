@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from brainfound.errors import BrainFoundError, TrainingError, UsageError
+from brainfound.errors import EXIT_USAGE, BrainFoundError, TrainingError, UsageError
 from brainfound.models.encoder import SliceEncoder
 
 
@@ -92,7 +92,8 @@ def run_on_main_rank(work: Callable[[], Any], is_main: bool) -> None:
 
 def _as_training_error(error: BrainFoundError | OSError) -> TrainingError:
     if isinstance(error, BrainFoundError):
-        return TrainingError(error.what, where=error.where, got=error.got, expected=error.expected, remedy=error.remedy)
+        fields = {name: getattr(error, name) for name in ("where", "got", "expected", "remedy")}
+        return TrainingError(error.what, **fields, usage=error.exit_code == EXIT_USAGE)
     remedy = "Repair the cause (free space, a quota, permissions), and continue with --resume"
     return TrainingError("a file cannot be written", where=error.filename, got=error.strerror or error, remedy=remedy)
 

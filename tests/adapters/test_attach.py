@@ -223,9 +223,9 @@ def test_recipes_refuse_unknown_roles_and_keys():
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ({"rank": 0}, r"rank.*greater than or equal to 1"),
-        ({"method": "last_blocks", "blocks": 0}, r"blocks.*greater than or equal to 1"),
-        ({"alpha": 0}, r"alpha.*greater than 0"),
+        ({"rank": 0}, r"rank.*expected 1 or more"),
+        ({"method": "last_blocks", "blocks": 0}, r"blocks.*expected 1 or more"),
+        ({"alpha": 0}, r"alpha.*expected more than 0"),
         ({"dropout": 1}, r"dropout.*less than 1"),
         ({"method": "lorra"}, r"method.*Did you mean"),
         ({"roles": []}, "at least one role"),

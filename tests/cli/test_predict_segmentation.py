@@ -7,7 +7,7 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
-from brainfound.models.infer import StackPrediction
+from brainfound.models.stack_prediction import StackPrediction
 from scipy import ndimage
 
 

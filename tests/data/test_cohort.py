@@ -104,7 +104,7 @@ def test_candidates_are_the_wanted_scans_in_order_and_a_file_counts_for_one_cont
 
 
 def test_folders_without_scans_are_refused(tmp_path):
-    with pytest.raises(CohortError, match="no scans found"):
+    with pytest.raises(CohortError, match="an empty folder, not a source of scans"):
         Cohort.read(tmp_path)
     with pytest.raises(CohortError, match="no such file or folder"):
         Cohort.read(tmp_path / "none")

@@ -290,7 +290,7 @@ def test_registrations_come_last(monkeypatch):
         ({"command": ""}, "empty"),
         ({"command": "./tool {input} {output}"}, "absolute path"),
         ({"command": "tool {input} {output}", "contrasts": ["T9w"]}, "unknown contrast"),
-        ({"command": "tool {input} {output}", "timeout_s": 0}, "greater than 0"),
+        ({"command": "tool {input} {output}", "timeout_s": 0}, "expected more than 0"),
         ({"command": "tool {input} {output}", "shell": True}, "unknown key"),
     ],
 )

@@ -17,7 +17,7 @@ from transformers import Dinov2Model
 from brainfound.adapters.bundle_reader import BASELINE_FILE, file_hash, load_bundle
 from brainfound.data.batches import collate, evenly_spaced_slices
 from brainfound.errors import ModelError, TrainingError
-from brainfound.experiments import partial_input
+from brainfound.experiments import results
 from brainfound.finetuning import embedding_cache, frozen_baseline, linear_models
 from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.frozen_baseline import (
@@ -178,8 +178,8 @@ def test_a_damaged_baseline_is_an_error_and_not_a_missing_one(small_store, tiny_
         evaluate(export, small_store)
     bundle = load_bundle(export)
     with pytest.raises(ModelError, match="baseline of the bundle is of another kind"):
-        partial_input._load_frozen_baseline(bundle, from_dict(bundle.labels))
-    assert partial_input._load_frozen_baseline(replace(bundle, baseline={}), from_dict(bundle.labels)) is None
+        results._load_frozen_baseline(bundle, from_dict(bundle.labels))
+    assert results._load_frozen_baseline(replace(bundle, baseline={}), from_dict(bundle.labels)) is None
 
 
 @pytest.mark.parametrize(

@@ -511,5 +511,5 @@ def test_a_cohort_is_explained_session_by_session(make, small_store, make_cohort
     again = explain_cohort(predictor, source, out, method=["rollout", "pca"])
     assert {outcome.reason for outcome in again} == {"already done"}
     for other in ({"method": "gradient"}, {}):
-        outcomes = explain_cohort(predictor, source, out, **other)
-        assert all("other options (got methods ['rollout', 'pca']" in outcome.reason for outcome in outcomes)
+        with pytest.raises(UsageError, match=r"other options \(got methods \['rollout', 'pca'\]"):
+            explain_cohort(predictor, source, out, **other)

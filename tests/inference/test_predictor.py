@@ -234,10 +234,10 @@ def test_answers_of_another_model_are_not_taken_for_this_ones(predictor, source,
 
 def test_an_embedding_is_not_skipped_for_a_prediction(predictor, source, tmp_path):
     predict(predictor, source, tmp_path)
-    outcomes = predict(predictor.as_encoder(), source, tmp_path)
-    assert all("answer with other options (got task classification" in outcome.reason for outcome in outcomes)
+    with pytest.raises(UsageError, match=r"answer with other options \(got task classification"):
+        predict(predictor.as_encoder(), source, tmp_path)
     assert not list(tmp_path.glob("*.npy"))
-    predict(predictor.as_encoder(), source, tmp_path, overwrite=True)
+    outcomes = predict(predictor.as_encoder(), source, tmp_path, overwrite=True)
     assert len(list(tmp_path.glob("*.npy"))) == len(outcomes)
     assert {outcome.reason for outcome in predict(predictor.as_encoder(), source, tmp_path)} == {"already done"}
 
@@ -246,8 +246,9 @@ def test_a_segmentation_is_not_skipped_for_one_with_other_options(segmenter, sou
     predict(segmenter, source, tmp_path)
     assert {outcome.reason for outcome in predict(segmenter, source, tmp_path)} == {"already done"}
     changed = segmenter.with_options(SegmentationOptions(min_volume_mm3=1.0))
-    for outcomes in (predict(changed, source, tmp_path), predict(segmenter, source, tmp_path, probabilities=True)):
-        assert all(outcome.result is None and "other options" in outcome.reason for outcome in outcomes)
+    for other, options in ((changed, {}), (segmenter, {"probabilities": True})):
+        with pytest.raises(UsageError, match="other options"):
+            predict(other, source, tmp_path, **options)
     predict(segmenter, source, tmp_path, probabilities=True, overwrite=True)
     again = predict(segmenter, source, tmp_path, probabilities=True)
     assert {outcome.reason for outcome in again} == {"already done"}

@@ -281,7 +281,7 @@ def test_saved_and_loaded_settings_are_equal(tmp_path):
     recipe.save(tmp_path)
     assert Preprocessing.load(tmp_path) == recipe
     (tmp_path / "preprocessing.json").unlink()
-    with pytest.raises(ModelError, match="missing"):
+    with pytest.raises(ModelError, match="an empty folder, not a model"):
         Preprocessing.load(tmp_path)
 
 

@@ -85,15 +85,15 @@ def test_an_unfinished_store_is_gone_on_with(tmp_path, make_cohort, monkeypatch)
     code = """
 import os, signal, sys
 from brainfound import Preprocessing, prepare
-from brainfound.data.store import executors
+from brainfound.data.store import prepare as preparing
 
-write = executors.write_shard
+write = preparing.write_shard
 def dies_at_the_second(job):
     if job.shard.number == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     write(job)
 
-executors.write_shard = dies_at_the_second
+preparing.write_shard = dies_at_the_second
 prepare(sys.argv[1], sys.argv[2], Preprocessing(contrasts=("T1w",), spacing_mm=(4, 4, 4), size=(32, 32)))
 """
     killed = subprocess.run([sys.executable, "-c", code, str(cohort), str(tmp_path / "store")])
