@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from brainfound.errors import BrainFoundError, ModelError, RecipeError, closest_name, did_you_mean, mistaken_for
+from brainfound.errors import ModelError, RecipeError, closest_name, did_you_mean, mistaken_for
+from brainfound.files import require_json
 
 Room = Literal["train", "adapters", "model_cards"]
 """The root folders that hold recipes."""
@@ -171,28 +172,9 @@ def load_json(recipe: type[AnyRecipe], path: Path) -> AnyRecipe | None:
     Raises:
         ModelError: not valid JSON; RecipeError: a key or value is refused.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        what = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else f"not valid JSON: {error}"
-        raise ModelError(what, where=path, remedy="Export the model again") from None
-    return validate(recipe, content, where=str(path))
-
-
-def read_json(
-    path: Path, remedy: str, error_class: type[BrainFoundError] = BrainFoundError, content_type: type = dict
-) -> Any:
-    """The content of a JSON file; one line of `error_class` if it cannot be read or has another type."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise error_class("the file cannot be read", where=path, got=str(error)[:200], remedy=remedy) from error
-    if not isinstance(content, content_type):
-        got, expected = f"a {type(content).__name__}", f"a {content_type.__name__}"
-        raise error_class("the file has other content", where=path, got=got, expected=expected, remedy=remedy)
-    return content
+    return validate(recipe, require_json(path, "Export the model again", ModelError), where=str(path))
 
 
 def _validation_error(recipe: type[Recipe], content: Mapping[str, Any]) -> ValidationError | None:
@@ -287,17 +269,13 @@ class _Source:
         ``keys`` is the path to the error as users write it, ``location`` as pydantic reports it; ``known_key`` is False
         if the last key is not a field.
         """
-        overrides = [key for key in self.override_keys if _overlap(key.split("."), keys)]
+        # One path of keys is the beginning of the other.
+        overrides = [key for key in self.override_keys if all(map(eq, key.split("."), keys))]
         if not overrides or tuple(location) in self.file_errors:
             return ": ".join(part for part in (self.file, ".".join(keys)) if part)
         if known_key and len(keys) < min(key.count(".") + 1 for key in overrides):
             return " ".join(f"--set {key}" for key in overrides)  # values of one group that are invalid together
         return f"--set {'.'.join(keys)}"
-
-
-def _overlap(first: Sequence[str], second: Sequence[str]) -> bool:
-    """Whether one path of keys is the beginning of the other."""
-    return all(one == other for one, other in zip(first, second, strict=False))
 
 
 def _recipe_error(recipe: type[Recipe], error: ValidationError, source: _Source) -> RecipeError:
@@ -373,8 +351,7 @@ def _as_written(value: Any) -> str:
 
 
 def _preset_error(name: str, presets: Iterable[str], where: str) -> RecipeError:
-    expected = f"one of {', '.join(presets)}, or a mapping"
-    remedy = _suggestion(name, presets)
+    expected, remedy = f"one of {', '.join(presets)}, or a mapping", _suggestion(name, presets)
     return RecipeError("no such preset", where=where, got=repr(name), expected=expected, remedy=remedy)
 
 

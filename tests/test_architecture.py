@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "brainfound"
 FLOORS = (
     *(
-        {"errors", "files", "hub"},
+        {"errors"},
+        {"files", "hub"},
         {"contrasts"},
         {"recipes"},
         {"data"},

@@ -6,7 +6,6 @@ Every file and every weight is checked by its SHA-256. `brainfound.adapters.bund
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from brainfound.adapters.low_rank import get_base_weight, is_merged
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import ModelError, UsageError, did_you_mean
+from brainfound.files import require_json
 from brainfound.models import (
     BrainFoundConfig,
     BrainFoundForClassification,
@@ -154,14 +154,11 @@ def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / "bundle.json"
     if not folder.is_dir():
         raise ModelError("no such bundle", where=folder, remedy="Check the path", usage=True)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         remedy = "Give a folder that fine-tuning exported"
-        raise ModelError("bundle.json is missing", where=folder, remedy=remedy, usage=True) from None
-    except ValueError as error:
-        raise ModelError(f"not valid JSON: {error}", where=path, remedy="Export the model again") from None
-    schema = content.get("schema_version") if isinstance(content, dict) else None
+        raise ModelError("bundle.json is missing", where=folder, remedy=remedy, usage=True)
+    content = require_json(path, "Export the model again", ModelError)
+    schema = content.get("schema_version")
     if schema != SCHEMA_VERSION:
         text = "the bundle has another schema"
         raise ModelError(text, where=path, got=schema, expected=SCHEMA_VERSION, remedy="Export it again")

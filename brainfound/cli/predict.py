@@ -134,9 +134,9 @@ def _note_missing_contract(predictor: Predictor) -> None:
 
 
 def _file_name(paths: list[Path], contrast_paths: dict[str, Path]) -> str:
-    from brainfound.inference.prediction import file_name_stem
+    from brainfound.data.reading.image_names import stem
 
-    return file_name_stem([*paths, *contrast_paths.values()][0])
+    return stem([*paths, *contrast_paths.values()][0])
 
 
 def _print_files(files: list[Path], result: Prediction | Explanation) -> None:

@@ -18,7 +18,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a recipe, store, run or model."""
-    from brainfound.recipes import read_json
+    from brainfound.files import require_json
 
     path = Path(what)
     if verify:
@@ -30,7 +30,7 @@ def show(
         return
     for name in ("store.json", "scores.json", "run.json", "bundle.json", "config.json"):
         if (path / name).is_file():
-            content = read_json(path / name, "Copy the folder again")
+            content = require_json(path / name, "Copy the folder again")
             if as_json:
                 print(json.dumps(content, indent=1))
             else:

@@ -39,7 +39,7 @@ from brainfound.experiments.folder import (
 )
 from brainfound.experiments.page import write_experiment_page
 from brainfound.experiments.systems import SystemSpec, non_empty_subsets
-from brainfound.files import nan_as_none, write_atomically
+from brainfound.files import nan_as_none, require_json, write_atomically
 from brainfound.finetuning.frozen_baseline import (
     FrozenBaseline,
     NoFrozenBaselineError,
@@ -52,7 +52,6 @@ from brainfound.finetuning.scoring import FROZEN_CASES_FILE, read_cases, read_sc
 from brainfound.finetuning.tasks import TargetColumn, Task, from_dict
 from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.registry import METRICS, PRIMARY_METRIC
-from brainfound.recipes import read_json
 from brainfound.training.process import process_state
 from brainfound.training.run_folder import EXPORT_FOLDER, versions
 
@@ -244,7 +243,7 @@ def missing_contrast_rows(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
     full: dict[tuple[str, int], float] = {}
     for run in table.to_dict(orient="records"):
         file = folder / run["run"] / MISSING_CONTRASTS_FILE
-        for content in read_json(file, "Remove it and continue with --resume", content_type=list):
+        for content in require_json(file, "Remove it and continue with --resume", content_type=list):
             scores, key = make_score_columns(content), (run["fold"], run["seed"])
             primary = METRICS[PRIMARY_METRIC[content["task"]]]
             if content["absence"] == NONE:

@@ -37,12 +37,12 @@ from brainfound.experiments.results import (
     write_results,
 )
 from brainfound.experiments.systems import SystemSpec, make_subset_systems, parse_systems
+from brainfound.files import require_json
 from brainfound.finetuning.finetune import finetune, resolve_parts_and_task
 from brainfound.finetuning.recipe import FinetuneRecipe, resolve_recipe
 from brainfound.finetuning.splits import make_split
 from brainfound.finetuning.tasks import Task
 from brainfound.models.loading import read_patch_size
-from brainfound.recipes import read_json
 from brainfound.training.distributed import run_on_main_rank
 from brainfound.training.process import process_state
 from brainfound.training.run_folder import EMBEDDINGS_FOLDER, is_run_folder
@@ -287,7 +287,7 @@ def _write_or_check_split(folder: Path, split: Split, kind: Kind, resume: bool) 
             raise UsageError("the runs in the folder have another split", where=file, remedy="Give another --out")
         # The runs of an experiment of another kind lie in other subfolders.
         summary = folder / SUMMARY_FILE
-        before = read_json(summary, "Give another --out").get("kind") if summary.is_file() else kind
+        before = require_json(summary, "Give another --out").get("kind") if summary.is_file() else kind
         if before != kind:
             what, remedy = "the folder holds another experiment", "Give another --out"
             raise UsageError(what, where=folder, got=kind, expected=before, remedy=remedy)

@@ -19,14 +19,13 @@ from brainfound.data.batches import remove_contrasts
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
-from brainfound.files import nan_as_none, write_atomically
+from brainfound.files import nan_as_none, require_json, write_atomically
 from brainfound.finetuning.embedding_cache import EmbeddingCache
 from brainfound.finetuning.tasks import ScoringRecipe, Task
 from brainfound.metrics.comparison import score_intervals
 from brainfound.metrics.registry import PRIMARY_METRIC, TABLE_METRICS
 from brainfound.metrics.statistics import CONFIDENCE, NUM_RESAMPLES, explain_missing_interval
 from brainfound.models.stack_prediction import StackPrediction, infer, infer_embedded
-from brainfound.recipes import read_json
 
 SCORES_FILE, CASES_FILE = "scores.json", "cases.tsv"
 FROZEN_CASES_FILE = "frozen-cases.tsv"
@@ -126,7 +125,7 @@ def read_cases(file: Path) -> pd.DataFrame:
 
 def read_scores(folder: Path) -> dict[str, Any]:
     """The content of a run's scores.json; BrainFoundError if it cannot be read."""
-    return read_json(folder / SCORES_FILE, "Remove the export folder of the run, then continue with --resume")
+    return require_json(folder / SCORES_FILE, "Remove the export folder of the run, then continue with --resume")
 
 
 def score_sessions(

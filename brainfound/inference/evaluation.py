@@ -38,6 +38,7 @@ from brainfound.experiments.folder import (
 )
 from brainfound.experiments.page import write_experiment_page
 from brainfound.experiments.systems import non_empty_subsets, short_name
+from brainfound.files import require_json
 from brainfound.finetuning.frozen_baseline import (
     NoFrozenBaselineError,
     load_frozen_baseline,
@@ -50,7 +51,7 @@ from brainfound.inference.loading import bundle_folder, load, make_predictor
 from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.registry import METRICS, PRIMARY_METRIC, EmptyCase
-from brainfound.recipes import read_json, validate
+from brainfound.recipes import validate
 
 _KIND = "evaluation"
 
@@ -75,7 +76,7 @@ def require_writable(folder: Path) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     file = folder / SUMMARY_FILE
-    if not file.is_file() or read_json(file, "Give another --out").get("kind") != _KIND:
+    if not file.is_file() or require_json(file, "Give another --out").get("kind") != _KIND:
         raise UsageError("the folder holds something else", where=folder, remedy="Give another --out")
 
 

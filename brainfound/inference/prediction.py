@@ -151,15 +151,6 @@ def require_new(file: Path, overwrite: bool) -> None:
         )
 
 
-def file_name_stem(path: str | Path) -> str:
-    """The name of a file up to its first dot.
-
-    >>> file_name_stem("scans/a_T1w.nii.gz")
-    'a_T1w'
-    """
-    return Path(path).name.split(".")[0]
-
-
 def file_stem(subject: str, session: str) -> str:
     """The name of a session's files, ``SUBJECT_ses-SESSION``.
 

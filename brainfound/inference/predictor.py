@@ -33,11 +33,12 @@ from brainfound.data.preprocessing.session import PreparedSession, prepare_sessi
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
+from brainfound.data.reading.image_names import stem
 from brainfound.data.reading.scan import Scan
 from brainfound.errors import RefusedInputError, ScanError, UsageError
 from brainfound.finetuning.tasks import AnswerCalibration, Segmentation, Task, VolumeTask
 from brainfound.inference.explanation import Explanation, choose_methods, explain_stack
-from brainfound.inference.prediction import Prediction, file_name_stem
+from brainfound.inference.prediction import Prediction
 from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields
 from brainfound.models.stack_prediction import infer
 
@@ -240,8 +241,8 @@ class Predictor:
         for entry in prepared.refused:
             raise ScanError(entry.reason, where=entry.file.name)
         assert prepared.stack is not None, "nothing was refused, so there is a stack"
-        first = next(iter([*paths, *contrast_paths.values()]))
-        return replace(self._input(prepared, found, notes), name=file_name_stem(first))
+        first = Path(next(iter([*paths, *contrast_paths.values()])))
+        return replace(self._input(prepared, found, notes), name=stem(first))
 
     def _inspector(self, found: list[tuple[str, Finding]]) -> Callable[[Scan, StackBuilder], None] | None:
         """Compares each scan with the contract while it is in memory; None without a contract."""

@@ -26,8 +26,8 @@ from rich.console import Console
 import brainfound
 from brainfound.data.store import Store
 from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
-from brainfound.files import PARTIAL_PREFIX, write_atomically
-from brainfound.recipes import AnyRecipe, Recipe, read_json, validate
+from brainfound.files import PARTIAL_PREFIX, require_json, write_atomically
+from brainfound.recipes import AnyRecipe, Recipe, validate
 from brainfound.report.curves import RECIPE_FILE, RunFolder, plot_curves
 from brainfound.training import distributed
 from brainfound.training.checkpoint import checkpoint_path, latest_valid_checkpoint, list_checkpoints, nearest_existing
@@ -132,7 +132,7 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def read_facts(folder: Path, *names: str) -> dict[str, Any]:
     """The content of a run's run.json; TrainingError if it cannot be read, or lacks one of `names`."""
     path, remedy = folder / FACTS_FILE, "Put back the run.json that the run wrote"
-    facts: dict[str, Any] = read_json(path, remedy, TrainingError)
+    facts: dict[str, Any] = require_json(path, remedy, TrainingError)
     if unusable := [name for name in names if not _is_usable(name, facts.get(name))]:
         got = ", ".join(f"{name} {json.dumps(facts.get(name))[:60]}" for name in unusable)
         raise TrainingError("the facts of this run are damaged", where=path, got=got, remedy=remedy)

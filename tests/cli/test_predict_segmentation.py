@@ -7,8 +7,9 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
-from brainfound.models.stack_prediction import StackPrediction
 from scipy import ndimage
+
+from brainfound.models.stack_prediction import StackPrediction
 
 
 def test_options_reach_the_files(cli, segmenter, source, tmp_path):

@@ -177,7 +177,7 @@ def test_an_evaluation_leaves_a_page_that_names_nobody(run, small_store, tmp_pat
     assert str(tmp_path) not in text
     evaluate(run, small_store, out=tmp_path / "page")  # replaces its own
     (tmp_path / "page" / "summary.json").write_text('{"kind": ')
-    with pytest.raises(BrainFoundError, match=r"summary\.json: the file cannot be read .*another --out"):
+    with pytest.raises(BrainFoundError, match=r"summary\.json: not valid JSON.*another --out"):
         evaluate(run, small_store, out=tmp_path / "page")
     (tmp_path / "page" / "summary.json").unlink()
     with pytest.raises(UsageError, match="holds something else"):

@@ -76,11 +76,11 @@ def test_a_recipe_that_cannot_be_read_is_one_line(finished, store, recipe, tmp_p
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"started": ', "run.json: the file cannot be read"),
+        ('{"started": ', "run.json: not valid JSON"),
         ("[1]", "run.json: the file has other content .got a list"),
         ("{}", "run.json: the facts of this run are damaged .got data_hash null"),
         ('{"data_hash": 5}', "run.json: the facts of this run are damaged .got data_hash 5"),
-        (None, "run.json: the file cannot be read"),
+        (None, "run.json: cannot be read: No such file"),
     ],
 )
 def test_facts_that_cannot_be_read_are_one_line(finished, store, recipe, tmp_path, content, words):

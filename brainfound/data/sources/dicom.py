@@ -86,7 +86,7 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     conversion = _convert(path, work, _find_dcm2niix())
     rows, unused = conversion["rows"], [(Path(file), reason) for file, reason in conversion["unused"]]
     if not rows:
-        got = unused[0][1] if unused else "no MR series"
+        got = f"{unused[0][0].name}: {unused[0][1]}" if unused else "no MR series"
         raise CohortError("no series could be converted", where=path.name, got=got, remedy="Check the DICOM files")
     table = pd.DataFrame(rows)
     table["path"] = [str(work / file) for file in table["path"]]

@@ -297,7 +297,7 @@ def test_listing_converts_for_the_moment_only(tmp_path):
 
 def test_nothing_but_faulty_series_is_one_clear_line(tmp_path):
     write_series(tmp_path / "in", Modality="CT")
-    with pytest.raises(CohortError, match=r"no series could be converted \(got modality CT"):
+    with pytest.raises(CohortError, match=r"no series could be converted \(got im0: modality CT"):
         Cohort.read(tmp_path / "in", work=tmp_path / "work")
 
 
