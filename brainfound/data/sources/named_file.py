@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ from brainfound.data.sources.file_names import (
 )
 from brainfound.data.sources.folders import SPM_MARK, Folders, read_folders
 from brainfound.data.sources.identifiers import (
+    MAYBE_SESSION,
     SubjectIdentity,
     has_number,
     is_session_name,
@@ -114,18 +115,23 @@ def _with_contrast_of_folder(name: FileName, place: Folders, image: Path, alone:
 def _without_words_after_contrast(identity: SubjectIdentity, image: Path) -> SubjectIdentity:
     """After a subject's number and a contrast, words belong to the protocol: ``p1_t1_xyz`` is ``p1``."""
     words, remaining = split_words(stem(image)), list(split_words(identity.subject))
-    contrasts = [i for i in range(1, len(words)) if is_contrast_name(words[i]) and has_number("_".join(words[:i]))]
+    contrasts = [i for i in range(1, len(words)) if is_contrast_name(words[i]) and _has_own_number(words[:i])]
     after = words[contrasts[0] + 1 :] if contrasts else ()
     dropped = set()
     for word in reversed(after):
         if len(remaining) > 1 and word == remaining[-1]:
             dropped.add(remaining.pop())
-    if not has_number("_".join(remaining)):
+    if not _has_own_number(remaining):
         return identity
     # The number of "hc_01" in "7_t1_hc_01", which looks like the number of a repeat, may be a person's.
     numbers = tuple(b for a, b in pairwise(after) if a in dropped and b.isdecimal() and b not in dropped)
     identity = without_words(identity, len(remaining))
     return replace(identity, words=(*identity.words, *numbers))
+
+
+def _has_own_number(words: Sequence[str]) -> bool:
+    """Whether words have a number that cannot be a visit's: ``anna_m06`` has none."""
+    return has_number(MAYBE_SESSION.sub("", "_".join(words)))
 
 
 def without_words(identity: SubjectIdentity, number: int) -> SubjectIdentity:

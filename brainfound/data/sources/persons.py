@@ -308,7 +308,9 @@ def person_words(subject: str) -> tuple[str | int, ...]:
     >>> person_words("v1_p07") == person_words("p07v2") == person_words("mpr_p07b") == ("p", 7)
     True
     """
-    text = MAYBE_SESSION.sub("", subject)
+    # First, since the letter of 3T could be a visit.
+    text = re.sub(r"[^\W_]*\d[^\W_]*", lambda word: "" if is_protocol(word[0].lower()) else word[0], subject)
+    text = MAYBE_SESSION.sub("", text.strip("_-. ") or subject)
     text = _LONG_MAYBE_DATE.sub("", text).strip("_-. ") or text
     rest = _MAYBE_DATE.sub("", text)
     return spelling("_".join(word for word in split_words(rest if has_number(rest) else text) if not is_protocol(word)))
