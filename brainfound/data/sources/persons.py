@@ -281,7 +281,7 @@ def _find_shared_numbers(subjects: Sequence[str], uncertain: Sequence[str]) -> D
 
 
 def _find_dates(uncertain: Iterable[str]) -> Doubt | None:
-    """A name that goes on with dates; among several names (``Meier``, ``Huber``) also with years."""
+    """A name that goes on with dates or years (``Meier_2019``); among several names also with other short dates."""
     by_name: dict[str, list[str]] = defaultdict(list)
     for subject in uncertain:
         if match := re.match(r"[^\W\d_]{3,}", subject):
@@ -289,7 +289,8 @@ def _find_dates(uncertain: Iterable[str]) -> Doubt | None:
     for name, named in by_name.items():
         rests = [subject[len(name) :].strip("_-. ") for subject in named]
         are_dates = all(map(_DATE.fullmatch, rests))
-        maybe = len(by_name) > 1 and all(map(_MAYBE_DATE.fullmatch, rests))
+        are_years = _is_personal([name]) and all(re.fullmatch(YEAR, rest) for rest in rests)
+        maybe = are_years or (len(by_name) > 1 and all(map(_MAYBE_DATE.fullmatch, rests)))
         if 1 < len(named) <= _MAX_VISITS and (are_dates or maybe) and not is_group(name):
             return _ONE_OR_TWO, f"{named[0]} and {named[1]}"
     return None

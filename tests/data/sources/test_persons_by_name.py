@@ -195,7 +195,14 @@ def test_many_compositions_of_words_keep_persons_apart():
     [
         *("ines1 ines2", "Vogt_1 Vogt_2", "Vogt-1 Vogt-2", "ines1 ines2 otto1", "Vogt_1 Vogt_2 Lang_1 Lang_2"),
         *("Vogt_01 Vogt_02 Lang_01", "ines_vogt_1 ines_vogt_2 otto_lang_1", "INES1 INES2", "ines_T1_qqq ines_T1_zzz"),
-        *("ines_mpr2 ines_mpr5", "ines_v1_qqq ines_v2_zzz", "Zoé_1 Zoé_2", "ines1 ines3"),
+        *(
+            "ines_mpr2 ines_mpr5",
+            "ines_v1_qqq ines_v2_zzz",
+            "Zoé_1 Zoé_2",
+            "ines1 ines3",
+            "Vogt_2018 Vogt_2021",
+            "ines2020 ines2021",
+        ),
     ],
 )
 @pytest.mark.parametrize("pattern", ["{}_T1.nii.gz", "{}/T1.nii.gz", "site4/{}_T1.nii.gz"])
