@@ -450,13 +450,16 @@ def test_bad_usage_is_one_line_and_exit_code_2(cli, arguments, words):
 
 
 @pytest.mark.parametrize("name", ["store.json", "scores.json", "run.json", "bundle.json", "config.json"])
-@pytest.mark.parametrize("content", ['{"a": ', "[1]", "\x00"])
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [('{"a": ', "not valid JSON"), ("[1]", "the file has other content"), ("\x00", "not valid JSON")],
+)
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_a_damaged_file_is_one_line_of_show(cli, tmp_path, name, content, options):
+def test_a_damaged_file_is_one_line_of_show(cli, tmp_path, name, content, fault, options):
     (tmp_path / name).write_text(content)
     answer = cli("show", tmp_path, *options, quiet=False)
     assert answer.code == 1
-    assert f"{name}: the file " in answer.line
+    assert f"{name}: {fault}" in answer.line
     assert "Copy the folder again" in answer.line
 
 

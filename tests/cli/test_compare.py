@@ -56,13 +56,19 @@ def as_json(answer):
 
 
 @pytest.mark.parametrize(
-    "content", ['{"kind": ', "[]", "{}", '{"data_hash": "store", "kind": "finetune", "target": 3}']
+    ("content", "fault"),
+    [
+        ('{"kind": ', "not valid JSON"),
+        ("[]", "the file has other content"),
+        ("{}", "the facts of this run are damaged"),
+        ('{"data_hash": "store", "kind": "finetune", "target": 3}', "the facts of this run are damaged"),
+    ],
 )
-def test_facts_that_cannot_be_read_are_one_line(cli, three, content):
+def test_facts_that_cannot_be_read_are_one_line(cli, three, content, fault):
     (three[1] / "run.json").write_text(content)
     answer = cli("compare", *three, quiet=False)
     assert answer.code == 1
-    assert "run.json: the " in answer.line
+    assert f"run.json: {fault}" in answer.line
     assert "Put back the run.json that the run wrote" in answer.line
 
 
