@@ -119,6 +119,7 @@ def finetune(
         print(scores_line(scores))
         if line := intervals_line([scores]):
             print(line)
+        print(scores["verdict"]["text"])
         print(folder / "export")
 
 

@@ -5,7 +5,7 @@ The run folder:
     recipe.yaml, run.json, log.jsonl, curves.png, checkpoints/   as in pretraining
     splits.json   the subjects of each part, as a split file
     scores.json   test scores with intervals, scores of the trivial baseline and of a linear model on the frozen
-                  backbone, and the calibration fitted on the validation part
+                  backbone, a verdict in words, the exported step, and the calibration fitted on the validation part
     cases.tsv     one row per test session; frozen-cases.tsv the same for the linear model
     reliability.png   for a classification: accuracy against confidence
     export/       the bundle: adapter, head, preprocessing and labels as one unit
@@ -38,6 +38,7 @@ from brainfound.finetuning.scoring import FROZEN_CASES_FILE, write_cases, write_
 from brainfound.finetuning.splits import resolve_split_file, split_sessions, write_split
 from brainfound.finetuning.tasks import TargetColumn, Task, VolumeTask, resolve
 from brainfound.finetuning.training_task import FinetuneTask, build_task
+from brainfound.finetuning.verdict import judge
 from brainfound.models.loading import read_history, require_start
 from brainfound.models.stack_prediction import unwrap_peft
 from brainfound.recipes import load
@@ -98,7 +99,7 @@ def finetune(
         )
         column = TargetColumn.find(store, target)
         split_file, fold = resolve_split_file(folder, store, column, split, fold, resume)
-        if resume and run_folder.is_run_complete(folder, checkpoint, content.engine.steps):
+        if resume and run_folder.is_run_complete(folder, checkpoint):
             console.print(f"this run is finished; its export is {folder / run_folder.EXPORT_FOLDER}")
             return folder
         require_start(model)
@@ -129,6 +130,9 @@ def finetune(
         engine.run()
         # In place: a model prepared for bf16 would also be scored in bf16, unlike the model loaded from the bundle.
         accelerator.unwrap_model(engine.model, keep_fp32_wrapper=False)
+        if training.best is not None:
+            training.best.restore()
+            console.print(f"exported: {training.best.describe()}")
         distributed.run_on_main_rank(
             lambda: _score_and_export(folder, training, str(model), history, engine.step, keep_ids),
             accelerator.is_main_process,
@@ -176,19 +180,24 @@ def _require_same_model_and_task(folder: Path, model: str, task: Task) -> None:
 def _score_and_export(
     folder: Path, training: FinetuneTask, source: str, history: TrainingHistory, step: int, keep_ids: bool
 ) -> None:
-    """Score the test part once, and write scores, bundle and curves."""
-    store, parts, task, frozen = training.store, training.parts, training.task, training.frozen
+    """Score the test part once, and write scores, bundle and curves; ``step`` is the last one."""
+    store, parts, task, frozen, best = training.store, training.parts, training.task, training.frozen, training.best
+    exported_step = step if best is None or best.step is None else best.step
     test = training.score("test").with_intervals()
+    verdict = judge(task, test, None if frozen is None else frozen.scores, best)
     if frozen is not None:
         test = replace(test, frozen=frozen.scores.scores)
         write_cases(folder / FROZEN_CASES_FILE, frozen.scores.cases, keep_ids)
-    facts, calibration = {}, None
+    facts: dict[str, Any] = {"verdict": verdict._asdict(), "last_step": step}
+    if best is not None:
+        facts["validation"] = best.to_dict()
+    calibration = None
     if isinstance(task, VolumeTask):
         calibration = task.fit_calibration(training.score("validation").cases)
-        facts = {"calibration": calibration.report(task.calibration_effect(calibration, test.cases))}
+        facts["calibration"] = calibration.report(task.calibration_effect(calibration, test.cases))
         if curves := task.reliability(calibration, test.cases):
             plot_reliability(curves, path=folder / RELIABILITY_FILE, title="test part")
-    scores = write_scores(folder, test, keep_ids=keep_ids, part="test", step=step, **facts)
+    scores = write_scores(folder, test, keep_ids=keep_ids, part="test", step=exported_step, **facts)
     save_bundle(
         folder / run_folder.EXPORT_FOLDER,
         training.model,
@@ -205,16 +214,16 @@ def _score_and_export(
             "calibration": None if calibration is None else calibration.to_dict(),
             "frozen_encoder": None if frozen is None else frozen.encoder,
         },
-        card=finetuned_card(training, source, history, scores, step),
+        card=finetuned_card(training, source, history, scores),
         history=history.extended(store, parts),
         baseline=None if frozen is None else frozen.tensors,
         overwrite=True,  # a run that is resumed after its last step writes it again
     )
-    run_folder.write_end(folder, run_folder.DONE, step, step)
+    run_folder.write_end(folder, run_folder.DONE, exported_step, step)
 
 
 def finetuned_card(
-    training: FinetuneTask, source: str, history: TrainingHistory, scores: Mapping[str, Any], step: int
+    training: FinetuneTask, source: str, history: TrainingHistory, scores: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Facts for `brainfound.report.cards.write_model_card`; ``source`` is the starting model, with its ``history``."""
     recipe, store, parts, task = training.recipe, training.store, training.parts, training.task
@@ -229,7 +238,8 @@ def finetuned_card(
     columns |= {f"{name} baseline": scores[name] for name in ("trivial", "frozen") if name in scores}
     return {
         "name": recipe.name,
-        "summary": f"Fine-tuned for {task.kind} of {task.column}. {_describe_test_subjects(history, store, parts)}",
+        "summary": f"Fine-tuned for {task.kind} of {task.column}. {_describe_test_subjects(history, store, parts)}\n\n"
+        f"**{scores['verdict']['text']}**",
         "kind": f"fine-tuned for {task.kind}",
         "base_model": source,
         "base_model_relation": "finetune" if method in ("full", "last_blocks") else "adapter",
@@ -243,7 +253,7 @@ def finetuned_card(
         "contrasts": list(store.shown),
         "preprocessing": store.preprocessing.model_dump(mode="json"),
         "recipe": recipe.name,
-        "steps": step,
+        "steps": f"{scores['step']} of {scores['last_step']}; chosen on the validation part",
         "data_hash": store.content_hash,
         "num_sessions": len(used),
         "num_subjects": int(subjects.iloc[used].nunique()),

@@ -88,7 +88,12 @@ class FinetuneRecipe(Recipe):
     gradient_checkpointing: bool = False
     """Recompute the activations of the backbone's blocks in the backward pass: less memory, more time."""
     evaluate_every: int = Field(100, ge=0)
-    """Steps between evaluations on the validation part; 0: never."""
+    """Steps between evaluations on the validation part, the first before training; 0: never. The best step is exported;
+    without evaluations, the last."""
+    patience: int = Field(5, ge=0)
+    """Evaluations in a row without a gain after which training ends; 0: never."""
+    min_gain: float = Field(0.01, ge=0, lt=1)
+    """Smallest gain that counts, as a share of the best validation score so far (MAE, log loss or Dice)."""
     frozen_baseline: bool = True
     """Before training, also fit a linear model on the untouched backbone (mean over slices; per patch for a
     segmentation) and score it on the test part. This embeds the training and test parts once."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from brainfound.adapters.attach import AdapterRecipe, attach_adapter
 from brainfound.adapters.bundle_reader import tensors_hash
 from brainfound.data.store import Store
+from brainfound.finetuning.best_step import BestStep
 from brainfound.finetuning.embedding_cache import EmbeddingCache
 from brainfound.finetuning.fitted_heads import AugmentedPasses, fit_decoder, fit_head
 from brainfound.finetuning.frozen_baseline import fit_frozen_baseline, score_frozen_baseline
@@ -71,6 +72,9 @@ class FinetuneTask(TrainTask):
         self.values = None if values is None else dict(zip(train, values.tolist(), strict=True))
         self.eval_slices = None if task.per_voxel else recipe.num_slices
         self.cache, self.frozen = cache, frozen
+        self.best: BestStep | None = None
+        if recipe.evaluate_every:
+            self.best = BestStep(model, task.selection_metric, recipe.patience, recipe.min_gain)
 
     @property
     def withholds_contrasts(self) -> bool:
@@ -116,6 +120,29 @@ class FinetuneTask(TrainTask):
     def evaluate(self, step: int) -> dict[str, Any]:
         scored = self.score("validation")
         return {f"validation/{name}": value for name, value in scored.scores.items() if np.isfinite(value)}
+
+    def on_log_line(self, step: int, line: Mapping[str, Any]) -> None:
+        score = line.get(f"validation/{self.task.selection_metric}")
+        if self.best is not None and score is not None:
+            self.best.add(step, score)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.best is not None and self.best.is_finished
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {} if self.best is None else dict(self.best.weights)
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        for name, weight in self.state_tensors().items():
+            weight.copy_(tensors[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.best is None else {"best": self.best.to_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.best is not None:
+            self.best.load_dict(state["best"])
 
     def score(self, part: str) -> SessionScores:
         """Score one part of the split; surface metrics only on the test part, because they are slow."""

@@ -45,6 +45,26 @@ def auprc(labels: Any, scores: Any) -> float:
     return _mean_over_classes(_binary_auprc, labels, scores)
 
 
+def log_loss(labels: Any, probabilities: Any) -> float:
+    """Mean negative log probability of the true class, in nats: 0 for certain and right, ln K for a guess.
+
+    Args:
+        labels: (N,) 0 … K−1.
+        probabilities: (N, K), at least the smallest step of float32 in the logarithm, so that one certain error counts
+            no more than about 16.
+
+    A proper scoring rule: no other answers than the true probabilities have a smaller expectation.
+    """
+    truth, shares = np.asarray(labels), finite_array(probabilities, "probabilities")
+    if shares.ndim != 2 or truth.shape != shares.shape[:1] or not truth.size:
+        got = f"{truth.shape} and {shares.shape}"
+        raise UsageError("labels and probabilities do not fit", got=got, expected="(N,) and (N, K)")
+    if not np.isin(truth, np.arange(shares.shape[1])).all():
+        raise UsageError("not a class", where="labels", got=np.unique(truth)[:8].tolist(), expected="0 … K−1")
+    of_truth = np.take_along_axis(shares, truth.astype(int)[:, None], axis=1)
+    return float(-np.log(np.clip(of_truth, np.finfo(np.float32).eps, 1.0)).mean())
+
+
 def sensitivity_at_specificity(labels: Any, scores: Any, specificity: float = 0.9) -> float:
     """The highest sensitivity of any threshold with at least this specificity, without interpolation.
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from brainfound.errors import UsageError
-from brainfound.metrics.classification import auprc, auroc, balanced_accuracy, macro_f1, mcc
+from brainfound.metrics.classification import auprc, auroc, balanced_accuracy, log_loss, macro_f1, mcc
 from brainfound.metrics.input_checks import finite_array, get_convention_score
 from brainfound.metrics.regression import mae, pearson, r2, rmse, spearman
 from brainfound.metrics.segmentation import (
@@ -86,6 +86,7 @@ _ROWS = (
     Metric("balanced_accuracy", balanced_accuracy, "classification", ("classes",), True, in_tables=True),
     Metric("macro_f1", macro_f1, "classification", ("classes",), True),
     Metric("mcc", mcc, "classification", ("classes",), True),
+    Metric("log_loss", log_loss, "classification", ("probabilities",), False),
     Metric("mae", mae, "regression", ("values",), False, unit="target", in_tables=True, primary=True),
     Metric("rmse", rmse, "regression", ("values",), False, unit="target"),
     Metric("r2", r2, "regression", ("values",), True, in_tables=True),

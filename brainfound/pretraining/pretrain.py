@@ -114,7 +114,7 @@ def _train(
     recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, accelerator: Accelerator, console: Console
 ) -> Path:
     checkpoint = run_folder.find_resume_checkpoint(folder, recipe, store, resume, CHANGEABLE_ON_RESUME, accelerator)
-    if resume and run_folder.is_run_complete(folder, checkpoint, recipe.engine.steps):
+    if resume and run_folder.is_run_complete(folder, checkpoint):
         console.print(f"this run is finished; its export is {folder / EXPORT_FOLDER}")
         return folder
     model = build_model(recipe.init, store, recipe.views.global_size, recipe.seed)

@@ -105,7 +105,7 @@ class Engine:
         self._saved_step = -1
 
     def run(self, save: bool = True) -> None:
-        """Train to the last step; without `save` (in a trial), no checkpoint is written.
+        """Train to the last step, or until the task is finished; without `save` (in a trial), no checkpoint is written.
 
         Raises:
             TrainingError: too many steps in a row were not finite, the task stopped the run, the disk is full, or the
@@ -114,11 +114,15 @@ class Engine:
         with self.log, self.signals:
             if self.recipe.steps == 0:
                 self._evaluate(save=False)
-            while self.step < self.recipe.steps:
+            while not self._is_finished:
                 try:
                     self._train(save)
                 except RollbackRequested as request:
                     self.resume(self._begin_rollback(request))
+
+    @property
+    def _is_finished(self) -> bool:
+        return self.step >= self.recipe.steps or self.task.is_finished
 
     def _train(self, save: bool) -> None:
         recipe, task = self.recipe, self.task
@@ -128,7 +132,7 @@ class Engine:
             self._evaluate(save)
         with closing_generator(task.batches(self.step)) as batches:
             self.throughput = ThroughputMeter()
-            while self.step < recipe.steps:
+            while not self._is_finished:
                 metrics = self._train_step(batches)
                 self.step += 1
                 last = self.step == recipe.steps
@@ -137,9 +141,9 @@ class Engine:
                 if task.evaluate_every and (self.step % task.evaluate_every == 0 or last):
                     self._evaluate(save)
                 stop = self.signals.should_stop(self.step)
-                if save and (self.step % recipe.checkpoint_every == 0 or last or stop):
+                if save and (self.step % recipe.checkpoint_every == 0 or self._is_finished or stop):
                     self.save()
-                if stop and not last:
+                if stop and not self._is_finished:
                     what, where = "stopped by a signal after saving a checkpoint", f"step {self.step} of {recipe.steps}"
                     raise TrainingError(what, where=where, remedy="Continue with --resume")
                 self.log.advance(self.step)

@@ -261,11 +261,12 @@ def find_resume_checkpoint(
     return checkpoints / name
 
 
-def is_run_complete(folder: Path, checkpoint: Path | None, num_steps: int) -> bool:
+def is_run_complete(folder: Path, checkpoint: Path | None) -> bool:
     """Whether a run to be resumed at `checkpoint` has nothing left to do; it must still have its last checkpoint."""
-    last = checkpoint_path(folder / "checkpoints", num_steps) if num_steps else None
-    is_exported = (folder / EXPORT_FOLDER).is_dir()
-    return checkpoint == last and is_exported and read_facts(folder, "status")["status"] == DONE
+    facts = read_facts(folder, "status")
+    if facts["status"] != DONE or not (folder / EXPORT_FOLDER).is_dir():
+        return False
+    return checkpoint == (checkpoint_path(folder / "checkpoints", facts["step"]) if facts.get("step") else None)
 
 
 def start_process(

@@ -65,6 +65,11 @@ class TrainTask(ABC):
     """Steps between two evaluations, with one before the first step and one after the last; 0: never."""
     rollback_policy: RollbackPolicy = RollbackPolicy()
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether training ends now, before its last step; the same on all ranks, and kept in `state_dict`."""
+        return False
+
     @abstractmethod
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The optimiser, fused; each of its groups has ``role`` (str), ``lr_scale`` (float) and ``decays`` (bool)."""

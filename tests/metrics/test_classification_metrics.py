@@ -17,6 +17,7 @@ from brainfound.metrics.classification import (
     auroc,
     balanced_accuracy,
     f1,
+    log_loss,
     macro_f1,
     mcc,
     sensitivity_at_specificity,
@@ -59,6 +60,23 @@ def test_auroc_of_columns():
 def test_auroc_refuses_what_it_cannot_score(labels, scores):
     with pytest.raises(UsageError):
         auroc(labels, scores)
+
+
+def test_log_loss_is_that_of_scikit_learn_but_for_certain_errors():
+    rng = np.random.default_rng(0)
+    labels, probabilities = rng.integers(0, 3, 40), rng.dirichlet(np.ones(3), 40)
+    assert log_loss(labels, probabilities) == pytest.approx(sk.log_loss(labels, probabilities, labels=[0, 1, 2]))
+    assert log_loss([0, 1], np.full((2, 2), 0.5)) == pytest.approx(math.log(2))
+    assert log_loss([0], [[0.0, 1.0]]) == pytest.approx(15.94, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("labels", "probabilities"),
+    [([0, 1], [[0.5, 0.5]]), ([0], [0.5]), ([2], [[0.5, 0.5]]), ([0], [[np.nan, 1]]), ([], np.zeros((0, 2)))],
+)
+def test_log_loss_refuses_what_it_cannot_score(labels, probabilities):
+    with pytest.raises(UsageError):
+        log_loss(labels, probabilities)
 
 
 @settings(max_examples=60, deadline=None)

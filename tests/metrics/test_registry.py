@@ -11,7 +11,7 @@ from brainfound.metrics.registry import METRICS, PRIMARY_METRIC, TABLE_METRICS, 
 
 def test_names_and_their_order_are_those_of_the_files():
     assert [metric.name for metric in task_metrics("classification")] == [
-        "auroc", "auprc", "balanced_accuracy", "macro_f1", "mcc",
+        "auroc", "auprc", "balanced_accuracy", "macro_f1", "mcc", "log_loss",
     ]  # fmt: skip
     assert [metric.name for metric in task_metrics("regression")] == ["mae", "rmse", "r2", "pearson", "spearman"]
     assert PRIMARY_METRIC == {"classification": "auroc", "regression": "mae", "segmentation": "dice"}
@@ -24,7 +24,7 @@ def test_names_and_their_order_are_those_of_the_files():
 
 def test_errors_and_distances_are_better_when_lower():
     lower = {name for name, metric in METRICS.items() if not metric.higher_is_better}
-    assert lower == {"mae", "rmse", "hd95_mm", "volume_error_mm3", "relative_volume_error"}
+    assert lower == {"log_loss", "mae", "rmse", "hd95_mm", "volume_error_mm3", "relative_volume_error"}
     assert {METRICS[name].better for name in lower} == {"lower"}
 
 

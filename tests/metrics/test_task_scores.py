@@ -33,6 +33,7 @@ def test_two_classes():
 def test_more_classes_average_one_against_the_rest():
     probabilities = np.eye(3)[[0, 1, 2, 2]] * 0.7 + 0.1
     perfect = classification_scores([0, 1, 2, 2], probabilities)
+    assert perfect.pop("log_loss") == pytest.approx(-np.log(0.8))
     assert perfect == dict.fromkeys(("auroc", "auprc", "balanced_accuracy", "macro_f1", "mcc"), 1.0)
     worse = classification_scores([0, 1, 2, 0], probabilities)
     # Class 0: its two cases against two others, one of four pairs is a tie, one ... counted by hand.

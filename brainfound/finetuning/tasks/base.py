@@ -193,6 +193,8 @@ class Task(ABC):
     per_voxel: ClassVar[bool] = False
     """The answer is a map on the scan's grid, computed from patch embeddings; there is no volume embedding."""
     has_names: ClassVar[bool] = True
+    selection_metric: ClassVar[str]
+    """The metric of the validation part by which the exported step is chosen."""
 
     column: str
     """The target's name."""
@@ -277,8 +279,12 @@ class VolumeTask(Task):
     def values(self, store: Store, sessions: Sequence[int]) -> np.ndarray: ...
 
     @abstractmethod
-    def case(self, truth: Any, answer: StackPrediction) -> dict[str, Any]:
-        """The task's columns of a row of ``cases.tsv``."""
+    def truth_columns(self, truth: Any) -> dict[str, Any]:
+        """The columns of ``cases.tsv`` for the label."""
+
+    @abstractmethod
+    def answer_columns(self, answer: StackPrediction) -> dict[str, Any]:
+        """The columns of ``cases.tsv`` for the answer."""
 
     @abstractmethod
     def compute_scores(self, truths: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
@@ -348,7 +354,8 @@ class VolumeScorer:
 
     def add(self, stack: Stack, answer: StackPrediction) -> dict[str, Any]:
         self.answers.append(answer)
-        return self.task.case(self.truths[len(self.answers) - 1], answer)
+        truth = self.truths[len(self.answers) - 1]
+        return self.task.truth_columns(truth) | self.task.answer_columns(answer)
 
     def result(self) -> ScoredAnswers:
         scores, trivial = self.task.compute_scores(self.truths, self.answers), self.task.trivial_answer()

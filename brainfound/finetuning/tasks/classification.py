@@ -60,6 +60,7 @@ class Classification(VolumeTask):
     model_class: ClassVar[type[Any]] = BrainFoundForClassification
     label_dtype: ClassVar[torch.dtype] = torch.long
     problem_type: ClassVar[str | None] = None
+    selection_metric: ClassVar[str] = "log_loss"
 
     shares: tuple[float, ...] = ()
     """Share of the training sessions in each class (or with each label); empty if the labels of a bundle lack them."""
@@ -158,14 +159,14 @@ class Classification(VolumeTask):
             name = f"focal loss (gamma {config.classification_focal_gamma:g}) on {name}"
         return name if config.class_weights is None else f"{name}, weighted by inverse frequency"
 
-    def case(self, truth: Any, answer: StackPrediction) -> dict[str, Any]:
-        return self._truth_columns(truth) | {f"p({name})": p for name, p in self._by_name(answer.probabilities).items()}
+    def truth_columns(self, truth: Any) -> dict[str, Any]:
+        return {"truth": self.names[truth]}
+
+    def answer_columns(self, answer: StackPrediction) -> dict[str, Any]:
+        return {f"p({name})": p for name, p in self._by_name(answer.probabilities).items()}
 
     def _by_name(self, probabilities: Any) -> dict[str, float]:
         return dict(zip(self.names, map(float, probabilities), strict=True))
-
-    def _truth_columns(self, truth: Any) -> dict[str, Any]:
-        return {"truth": self.names[truth]}
 
     def compute_scores(self, truths: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
         return classification_scores(truths, np.stack([answer.probabilities for answer in answers]))
@@ -282,7 +283,7 @@ class MultiLabelClassification(Classification):
         positives = values.sum(axis=0)
         return ((len(values) - positives) / positives).tolist()
 
-    def _truth_columns(self, truth: Any) -> dict[str, Any]:
+    def truth_columns(self, truth: Any) -> dict[str, Any]:
         return {f"truth({name})": int(label) for name, label in zip(self.names, truth, strict=True)}
 
     def compute_scores(self, truths: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:

@@ -64,6 +64,7 @@ class Regression(VolumeTask):
     recipe: ClassVar[type[TaskRecipe]] = RegressionRecipe
     model_class: ClassVar[type[Any]] = BrainFoundForRegression
     has_names: ClassVar[bool] = False
+    selection_metric: ClassVar[str] = "mae"
 
     mean: float = 0.0
     std: float = 1.0
@@ -133,9 +134,12 @@ class Regression(VolumeTask):
         huber = f"Huber, delta {config.huber_delta:g}"
         return {"smooth_l1": "smooth L1", "l1": "L1", "huber": huber}[config.regression_loss]
 
-    def case(self, truth: float, answer: StackPrediction) -> dict[str, Any]:
+    def truth_columns(self, truth: float) -> dict[str, Any]:
+        return {"truth": truth}
+
+    def answer_columns(self, answer: StackPrediction) -> dict[str, Any]:
         std = {} if answer.value_std is None else {PREDICTION_STD: answer.value_std}
-        return {"truth": truth, "prediction": answer.value, **std}
+        return {"prediction": answer.value, **std}
 
     def compute_scores(self, truths: Sequence[float], answers: Sequence[Any]) -> dict[str, float]:
         return regression_scores(truths, [answer.value for answer in answers])

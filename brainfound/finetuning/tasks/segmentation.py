@@ -107,6 +107,7 @@ class Segmentation(Task):
     model_class: ClassVar[type[Any]] = BrainFoundForSegmentation
     per_voxel: ClassVar[bool] = True
     overlapping: ClassVar[bool] = False
+    selection_metric: ClassVar[str] = "dice"
 
     codes: tuple[int, ...] = ()
     """The mask's code of each class; code 0 is background."""
@@ -318,8 +319,9 @@ class SegmentationScorer:
             score = partial(score, spacing_mm=spacing, tolerance_mm=self.scoring.surface_mm)
         case = {name: score(mask, predicted[name]) for name, mask in expected.items()}
         self.cases.append(case)
-        row = {"reference_pixels": int(np.count_nonzero(task.marked(reference))), "dice": float("nan")}
-        return row | _over_structures(case)
+        marked = {"reference_pixels": reference, "predicted_pixels": task.get_answer(answer)}
+        row: dict[str, Any] = {name: int(np.count_nonzero(task.marked(labels))) for name, labels in marked.items()}
+        return row | {"dice": float("nan")} | _over_structures(case)
 
     def result(self) -> ScoredAnswers:
         notes = tuple(
