@@ -51,7 +51,7 @@ WORDS = {
     "magnitude": "mag magnitude",
     "protocol": f"{_PLANES} {_SEQUENCES} p2 p3 p4 3d 2d 3t 7t seq sequence series acq wip w weighted norm nd dis2d"
     " dis3d filt uni den uni-den grad-warp b1-correction bias-corrected bias-corr bias-correction"
-    " bias-field-corrected"
+    " bias-field-corrected std-space to-std to-std-sub std-brain mni152-std mni-std"
     " biasfield-corrected with-skull no-skull skull-stripped skull-strip skull-stripping fat-suppressed"
     " fat-suppression fat-sup fat-supp no-fat-sat water-excitation posterior-fossa lesion-filled lesion-filling",
     "a rendering of vessels": "col rot vr",
@@ -59,7 +59,8 @@ WORDS = {
     " prediction generated aniso anisotropy odi colfa exponential exp sbref nodif b0 s0 meanb0 mapping mapit t1map"
     " t2map t1-images r1 r2 r2s r2star qt1 qt2 qsm b1 quantitative quant mtr mtsat mwf relaxometry relax relaxation"
     " fieldmap b0map b1map fa eadc cbf cbv mtt ttp tmax rcbv rcbf zscore z-score heatmap probabilistic chi noise"
-    " residual residuals 5tt distance dose b-0 ivim uncertainty logjac 5ttvis cortical-thickness",
+    " residual residuals 5tt distance dose b-0 ivim uncertainty logjac 5ttvis cortical-thickness std stdev qc curv"
+    " curvature sulc saliency",
     "a phase image": "phase phas pha ph imag imaginary real unwrapped",
     "a map of probabilities or tissues": "pve prob probs probability probabilities probmap probseg posterior"
     " posteriors mixeltype origsegs ples",

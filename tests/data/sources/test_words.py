@@ -44,6 +44,7 @@ def contrast(name: str) -> str:
         # Maps, renderings and templates made from a scan.
         (
             "p7_dwi_L1 p7_dwi_kurtosis p7_dwi_FAC p7_T1_difference p7_FLAIR_T2_ratio T1ce_T1 T1_t1c p7_T1_zscore"
+            " p7_T1_std p7_T1_qc lh_T1_curv p7_T1_saliency"
             " p7_T1_1InverseWarp p7_T1_CorticalThickness p7_synth_FLAIR p7_T1_template MNI152_T1_1mm phantom_T1"
             " p7_T1_logjac p7_dwi_ivim p7_qsm_from_swi p7_T1_hippocampus p7_T1_GM p7_T1_screenshot p7_tof_vessels"
             " p7_TOF_rot p7_FLAIR_manual p7_T1_fast_bias",
