@@ -31,6 +31,7 @@ from brainfound.metrics.input_checks import finite_array, is_constant
 Metric = Callable[..., float]
 CONFIDENCE, NUM_RESAMPLES = 0.95, 2000
 """Of every bootstrap interval, unless a caller gives others."""
+_LEAST_SUBJECTS = 10
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,14 @@ class Interval:
 
 
 def least_subjects(confidence: float = CONFIDENCE) -> int:
-    """The least number of subjects for a bootstrap interval: 6 for 95%.
+    """The least number of subjects for a bootstrap interval: 10, more only above 99.8%.
 
-    The resampled means of n subjects lie between the lowest and the highest of them. These two enclose the centre of a
-    symmetric distribution with the probability 1 − 2^(1 − n), so with fewer subjects no interval can reach the
-    confidence.
+    Percentile intervals of fewer are far too narrow. The resampled means of n subjects lie between the lowest and the
+    highest of them, which enclose the centre of a symmetric distribution with the probability 1 − 2^(1 − n) at most.
 
     Source: H. A. David and H. N. Nagaraja, "Order Statistics" (2003), section 7.1.
     """
-    return math.ceil(1 - math.log2(1 - confidence) - 1e-9)
+    return max(_LEAST_SUBJECTS, math.ceil(1 - math.log2(1 - confidence) - 1e-9))
 
 
 def explain_missing_interval(num_subjects: int, confidence: float = CONFIDENCE) -> str:
@@ -72,7 +72,7 @@ def explain_missing_interval(num_subjects: int, confidence: float = CONFIDENCE) 
     least = least_subjects(confidence)
     if num_subjects < least:
         subjects = f"{num_subjects} subject{'' if num_subjects == 1 else 's'}"
-        return f"no {confidence:.0%} interval of {subjects}: it needs {least} or more"
+        return f"no {100 * confidence:.3g}% interval of {subjects}: it needs {least} or more"
     return "no interval where many resamples leave the score undefined"
 
 

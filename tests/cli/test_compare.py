@@ -220,12 +220,12 @@ def test_a_real_run_against_its_frozen_baseline_and_the_intervals_of_an_evaluati
         assert values[metric, True] == pytest.approx(scores["frozen"][metric])
         assert values[metric, False] == pytest.approx(scores["scores"][metric])
     table = cli("evaluate", classifier, "--data", small_store.path)
-    assert "no 95% interval of 3 subjects: it needs 6 or more" in table.out
+    assert "no 95% interval of 3 subjects: it needs 10 or more" in table.out
     assert "[0." not in table.out
     answered = json.loads(cli("evaluate", classifier, "--data", small_store.path, "--json").out)[0]
     assert answered["intervals"] == scores["intervals"]
     assert scores["intervals"]["scores"]["auroc"] == {"low": None, "high": None, "num_subjects": 3}
-    assert scores["intervals"]["missing"] == "no 95% interval of 3 subjects: it needs 6 or more"
+    assert scores["intervals"]["missing"] == "no 95% interval of 3 subjects: it needs 10 or more"
 
 
 def test_a_run_and_a_comparison_have_the_same_intervals(cli, tmp_path, monkeypatch):
@@ -245,7 +245,7 @@ def test_a_run_and_a_comparison_have_the_same_intervals(cli, tmp_path, monkeypat
 def test_a_comparison_of_few_subjects_has_no_intervals_and_says_why(cli, tmp_path):
     runs = [make_run(tmp_path / name, aged(error, 1, range(8))) for name, error in (("a", 3), ("b", 5))]
     answer = cli("compare", *runs, quiet=False)
-    assert "no 95% interval of 4 subjects: it needs 6 or more" in answer.out
+    assert "no 95% interval of 4 subjects: it needs 10 or more" in answer.out
     assert "[" not in answer.out
     found = as_json(cli("compare", *runs, "--json", quiet=False))["scores"]
     assert {row[end] for row in found for end in ("low", "high", "difference_low", "difference_high")} == {None}

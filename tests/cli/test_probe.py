@@ -57,7 +57,7 @@ def test_what_few_subjects_leave_undefined_is_no_number(cli, classifier, small_s
     monkeypatch.setitem(small_store.sessions, "site", ["a", "b"] * 6)
     arguments = ("probe", classifier, "--data", small_store.path, "--label", "age_years", "--slices", 3)
     answer = cli(*arguments)
-    assert "no 95% interval of 4 subjects: it needs 6 or more" in answer.out
+    assert "no 95% interval of 4 subjects: it needs 10 or more" in answer.out
     assert "nan" not in answer.out
     found = json.loads(cli(*arguments, "--json").out, parse_constant=pytest.fail)
     assert (found["probed"]["site"]["low"], found["probed"]["site"]["num_subjects"]) == (None, 4)

@@ -168,7 +168,7 @@ def test_a_comparison_of_few_subjects_says_why_it_has_no_intervals(tmp_path):
     compared = page[page.index("## Against a, by mae") :]
     assert cells(compared, "b")[2::2][:1] == ["–"]
     assert "nan" not in compared
-    assert "bootstraps over subjects; no 95% interval of 2 subjects: it needs 6 or more; p is of" in compared
+    assert "bootstraps over subjects; no 95% interval of 2 subjects: it needs 10 or more; p is of" in compared
 
 
 @pytest.fixture

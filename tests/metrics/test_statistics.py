@@ -67,7 +67,7 @@ def test_names_and_order_change_no_resample():
     assert paired_permutation_test(a[order], b[order], num_permutations=200, subjects=named) == p
 
 
-@pytest.mark.parametrize(("confidence", "least"), [(0.5, 2), (0.75, 3), (0.9, 5), (0.95, 6), (0.99, 8)])
+@pytest.mark.parametrize(("confidence", "least"), [(0.5, 10), (0.95, 10), (0.998, 10), (0.999, 11)])
 def test_too_few_subjects_have_no_interval(confidence, least):
     assert least_subjects(confidence) == least
     values = np.linspace(0.2, 0.9, least)
@@ -79,7 +79,7 @@ def test_too_few_subjects_have_no_interval(confidence, least):
     assert np.isnan([few.low, few.high]).all()
     assert str(few) == f"{few.estimate:.3f}"
     # The lowest and the highest of n values enclose the median with this probability.
-    assert 1 - 2.0 ** (2 - least) < confidence <= 1 - 2.0 ** (1 - least)
+    assert confidence <= 1 - 2.0 ** (1 - least)
 
 
 def test_a_score_that_many_resamples_lack_has_no_interval():
@@ -94,9 +94,9 @@ def test_a_score_that_many_resamples_lack_has_no_interval():
 
 
 def test_why_a_score_has_no_interval_is_one_sentence():
-    assert explain_missing_interval(1) == "no 95% interval of 1 subject: it needs 6 or more"
-    assert explain_missing_interval(5) == "no 95% interval of 5 subjects: it needs 6 or more"
-    assert explain_missing_interval(7, 0.99) == "no 99% interval of 7 subjects: it needs 8 or more"
+    assert explain_missing_interval(1) == "no 95% interval of 1 subject: it needs 10 or more"
+    assert explain_missing_interval(5) == "no 95% interval of 5 subjects: it needs 10 or more"
+    assert explain_missing_interval(10, 0.999) == "no 99.9% interval of 10 subjects: it needs 11 or more"
     assert "many resamples" in explain_missing_interval(6)
 
 
