@@ -137,6 +137,7 @@ class EmbeddingCache:
             "num_slices": self.num_slices,
             # Only if not the default, so that existing caches keep their names.
             **({"slice_features": config.slice_features} if config.slice_features != "cls" else {}),
+            **({"feature_layers": list(config.feature_layers)} if config.feature_layers else {}),
             **({"withheld": list(self.store.withheld)} if self.store.withheld else {}),
         }
 

@@ -292,7 +292,8 @@ def _load_starting_model(bundle: Bundle, task: Task, base: str | Path | None) ->
         raise NoFrozenBaselineError(what, where=bundle.folder, remedy=remedy)
     own = bundle.model.config
     # Without the head that the starting model may have.
-    model = load_initial_model(BrainFoundModel, base, own.contrasts, stem=own.stem, slice_features=own.slice_features)
+    fields = {name: getattr(own, name) for name in ("stem", "slice_features", "feature_layers")}
+    model = load_initial_model(BrainFoundModel, base, own.contrasts, **fields)
     digest, expected = tensors_hash(model.encoder.state_dict()), bundle.metadata.get("frozen_encoder")
     if digest != expected:
         what, got = "this is not the model that the run started from", f"hash {digest[:12]}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,8 @@ class Aggregator(nn.Module, ABC):
     has_weights = True
     has_uniform_weights = False
     """Whether every slice weighs the same, whatever it contains."""
+    num_statistics = 1
+    """Width of the volume embedding, in widths of a slice embedding."""
 
     @abstractmethod
     def pool(
@@ -66,7 +68,7 @@ class Aggregator(nn.Module, ABC):
             return Aggregation(*self.pool(slice_embeddings, positions_mm))
         counts = slice_mask.sum(dim=1)
         num_volumes, num_slices, width = slice_embeddings.shape
-        embedding = slice_embeddings.new_zeros(num_volumes, width)
+        embedding = slice_embeddings.new_zeros(num_volumes, width * self.num_statistics)
         weights = slice_embeddings.new_zeros(num_volumes, num_slices) if self.has_weights else None
         for count in counts.unique().tolist():
             volumes = (counts == count).nonzero()[:, 0]
@@ -98,6 +100,22 @@ class MaxAggregator(Aggregator):
     def pool(self, slices: Tensor, positions_mm: Tensor) -> tuple[Tensor, None]:
         # amax splits the gradient among ties, so it stays invariant to order when slices repeat.
         return slices.amax(dim=1), None
+
+
+class StatisticsAggregator(Aggregator):
+    """Several statistics of each feature over slices, concatenated: "mean", "std" (with divisor S) and "max"."""
+
+    has_weights = False
+
+    def __init__(self, statistics: Sequence[str]) -> None:
+        super().__init__()
+        self.statistics, self.num_statistics = tuple(statistics), len(statistics)
+
+    def pool(self, slices: Tensor, positions_mm: Tensor) -> tuple[Tensor, None]:
+        # The root of 0, as of a single slice, has no gradient.
+        std = slices.var(dim=1, correction=0).clamp_min(1e-12).sqrt()
+        found = {"mean": slices.mean(dim=1), "std": std, "max": slices.amax(dim=1)}
+        return torch.cat([found[name] for name in self.statistics], dim=1), None
 
 
 class AttentionAggregator(Aggregator):
@@ -192,9 +210,17 @@ def sinusoidal_positions(
     return torch.cat((angles.sin(), angles.cos()), dim=-1)[..., :width]
 
 
+STATISTICS: dict[str, tuple[str, ...]] = {
+    "mean_std": ("mean", "std"),
+    "mean_max": ("mean", "max"),
+    "mean_std_max": ("mean", "std", "max"),
+}
+"""The aggregators that concatenate several statistics: a volume embedding is as many times wider than a slice's."""
+
 AGGREGATORS: dict[str, Callable[[PreTrainedConfig], Aggregator]] = {
     "mean": lambda config: MeanAggregator(),
     "max": lambda config: MaxAggregator(),
+    **{name: lambda config, parts=parts: StatisticsAggregator(parts) for name, parts in STATISTICS.items()},
     "attention": lambda config: AttentionAggregator(config.embedding_size, config.aggregator_width),
     "transformer": lambda config: TransformerAggregator(config.embedding_size, config.aggregator_layers),
 }

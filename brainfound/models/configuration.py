@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from brainfound.errors import ModelError, UsageError, closest_name, did_you_mean
-from brainfound.models.aggregators import AGGREGATORS
+from brainfound.models.aggregators import AGGREGATORS, STATISTICS
 from brainfound.models.backbones import FAMILIES, SUPPORTED_BACKBONES
 from brainfound.models.decoders import DECODERS
 from brainfound.models.stem import STEMS
@@ -20,6 +20,7 @@ _KNOWN_NAMES: dict[str, Iterable[str]] = {
     "stem": STEMS,
     "slice_features": SLICE_FEATURES,
     "aggregator": AGGREGATORS,
+    "head_norm": ("layer", "none"),
     "decoder": DECODERS,
     "segmentation_loss": ("dice_cross_entropy", "dice_focal", "tversky", "focal_tversky"),
     "regression_head": ("point", "gaussian", "bins"),
@@ -66,8 +67,12 @@ class BrainFoundConfig(PreTrainedConfig):
     slice_features: str = "cls"
     """The embedding of a slice: "cls" (the class token), "patches" (the mean of the patch tokens) or "cls_and_patches"
     (both concatenated, as in DINOv2's linear evaluation)."""
+    feature_layers: list[int] | None = None
+    """1-based backbone blocks, each followed by the backbone's last layer norm, whose `slice_features` are concatenated
+    in the given order; None: the last block alone."""
     aggregator: str = "mean"
-    """Slice embeddings → volume embedding: "mean", "max", "attention" or "transformer"."""
+    """Slice embeddings → volume embedding: "mean", "max", several statistics ("mean_std", "mean_max", "mean_std_max"),
+    "attention" or "transformer"."""
     aggregator_layers: int = 1
     """Layers of the transformer aggregator."""
     aggregator_width: int = 128
@@ -92,6 +97,8 @@ class BrainFoundConfig(PreTrainedConfig):
     """"focal_tversky" is the Tversky loss to the power 1 / `tversky_gamma`."""
     focal_gamma: float = 2.0
     """"dice_focal": a pixel's cross-entropy is multiplied by (1 − probability of the truth) to this power."""
+    head_norm: str = "layer"
+    """Norm of the volume embedding before the head's last layer: "layer" (layer norm) or "none"."""
     head_dropout: float = 0.1
     """Dropout before the head's last layer."""
     target_mean: float = 0.0
@@ -173,11 +180,12 @@ class BrainFoundConfig(PreTrainedConfig):
             raise ModelError(what, where="config.tversky_alpha", got=0, remedy=remedy)
         self._require_valid_head()
         depth = self.backbone_config.num_hidden_layers
-        layers = self.decoder_layers
-        if layers is not None and (not layers or any(not 1 <= layer <= depth for layer in layers)):
-            what, where = "a decoder reads one block or more, counted from 1", "config.decoder_layers"
-            expected, remedy = f"numbers from 1 to {depth}", "Leave it out for evenly spaced blocks"
-            raise ModelError(what, where=where, got=layers, expected=expected, remedy=remedy)
+        for field, reader in {"decoder_layers": "a decoder reads", "feature_layers": "an embedding has"}.items():
+            layers = getattr(self, field)
+            if layers is not None and (not layers or any(not 1 <= layer <= depth for layer in layers)):
+                expected, remedy = f"numbers from 1 to {depth}", "Leave it out for the default"
+                what = f"{reader} one block or more, counted from 1"
+                raise ModelError(what, where=f"config.{field}", got=layers, expected=expected, remedy=remedy)
         # Input channels of the stem's patch convolution.
         self.backbone_config.num_channels = STEMS[self.stem].fixed_channels or len(contrasts)
         if hasattr(self.backbone_config, "use_mask_token"):
@@ -231,17 +239,37 @@ class BrainFoundConfig(PreTrainedConfig):
 
     @property
     def embedding_size(self) -> int:
-        """Width of the embedding of a slice or a volume: D, or 2 D with "cls_and_patches"."""
-        return self.hidden_size * (2 if self.slice_features == "cls_and_patches" else 1)
+        """Width of a slice embedding: for each of `feature_layers` D, or 2 D with "cls_and_patches"."""
+        per_layer = self.hidden_size * (2 if self.slice_features == "cls_and_patches" else 1)
+        return per_layer * len(self.feature_layers or (None,))
+
+    @property
+    def volume_embedding_size(self) -> int:
+        """Width of a volume embedding: that of a slice, times the number of statistics of the aggregator."""
+        return self.embedding_size * len(STATISTICS.get(self.aggregator, ("",)))
+
+    def describe_features(self) -> str:
+        """What a head reads, as ``cls_and_patches of blocks 6, 12, mean_std``; the default is ``cls``."""
+        blocks = "" if self.feature_layers is None else f" of blocks {', '.join(map(str, self.feature_layers))}"
+        statistics = f", {self.aggregator}" if self.aggregator in STATISTICS else ""
+        return f"{self.slice_features}{blocks}{statistics}{'' if self.head_norm == 'layer' else ', not normalised'}"
 
     @property
     def resolved_decoder_layers(self) -> list[int]:
         """The blocks to decode: `decoder_layers`, or up to four evenly spaced ones ending with the last."""
         if self.decoder_layers is not None:
             return sorted(set(self.decoder_layers))
-        depth = int(self.backbone_config.num_hidden_layers)
-        num_taken = min(4, depth)
-        return [round(depth * (index + 1) / num_taken) for index in range(num_taken)]
+        return evenly_spaced_layers(int(self.backbone_config.num_hidden_layers))
+
+
+def evenly_spaced_layers(depth: int) -> list[int]:
+    """Up to four evenly spaced blocks of a backbone, ending with the last.
+
+    >>> evenly_spaced_layers(12), evenly_spaced_layers(2)
+    ([3, 6, 9, 12], [1, 2])
+    """
+    num_taken = min(4, depth)
+    return [round(depth * (index + 1) / num_taken) for index in range(num_taken)]
 
 
 def _is_at_least(smallest: float, value: float) -> bool:

@@ -38,14 +38,18 @@ class SliceEncoding(NamedTuple):
     patches: Float[Tensor, "slices patches width"]
     hidden: dict[int, Tensor]
     """1-based block → its patch tokens (N, P, D), before the last layer norm."""
+    blocks: tuple[tuple[Tensor, Tensor], ...] = ()
+    """`cls` and `patches` of each of `config.feature_layers`; empty if only the last block is read."""
 
     def embedding(self, features: str) -> Float[Tensor, "slices embedding"]:
         """One vector per slice; `features` is a `config.slice_features`."""
-        if features == "cls":
-            return self.cls
-        # In float32: a mean over hundreds of bfloat16 tokens would lose the differences between slices.
-        mean = self.patches.mean(dim=1, dtype=torch.promote_types(self.patches.dtype, torch.float32))
-        return mean if features == "patches" else torch.cat([self.cls.to(mean.dtype), mean], dim=1)
+        vectors = []
+        for cls, patches in self.blocks or ((self.cls, self.patches),):
+            # In float32: a mean over hundreds of bfloat16 tokens would lose the differences between slices.
+            mean = patches.mean(dim=1, dtype=torch.promote_types(patches.dtype, torch.float32))
+            own = {"cls": (cls,), "patches": (mean,), "cls_and_patches": (cls.to(mean.dtype), mean)}
+            vectors += own[features]
+        return vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=1)
 
 
 class SliceEncoder(nn.Module):
@@ -68,6 +72,7 @@ class SliceEncoder(nn.Module):
         self.patch_size = get_patch_size(config.backbone_config)
         self.embed_dim = config.hidden_size
         self.num_layers = int(config.backbone_config.num_hidden_layers)
+        self.feature_layers = tuple(config.feature_layers or ())
         self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
         self.num_prefix_tokens = 1 + int(getattr(config.backbone_config, "num_register_tokens", 0))
         self._family = FAMILIES[config.backbone_config.model_type]
@@ -133,17 +138,22 @@ class SliceEncoder(nn.Module):
         planes = pack_contrast_number(pixels, images.contrasts)
         encoding = self._run(self.backbone.embeddings(planes, bool_masked_pos=masked), layers)
         hidden = {layer: images.mean(tokens) for layer, tokens in encoding.hidden.items()}
-        return SliceEncoding(images.mean(encoding.cls), images.mean(encoding.patches), hidden)
+        blocks = tuple((images.mean(cls), images.mean(patches)) for cls, patches in encoding.blocks)
+        return SliceEncoding(images.mean(encoding.cls), images.mean(encoding.patches), hidden, blocks)
 
     def _run(self, tokens: Tensor, layers: Sequence[int]) -> SliceEncoding:
         """Run embedded tokens through the transformers blocks, one after the other."""
-        hidden = {}
+        hidden, blocks = {}, {}
         # The transformers loop keeps the tokens of all blocks or of none.
         for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens)
             if number in layers:
                 hidden[number] = tokens[:, self.num_prefix_tokens :]
-        return self.encoding(self.norm(tokens))._replace(hidden=hidden)
+            if number in self.feature_layers:
+                encoding = self.encoding(self.norm(tokens))
+                blocks[number] = encoding.cls, encoding.patches
+        in_order = tuple(blocks[number] for number in self.feature_layers)
+        return self.encoding(self.norm(tokens))._replace(hidden=hidden, blocks=in_order)
 
     def embed(
         self,

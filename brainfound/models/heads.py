@@ -18,7 +18,9 @@ _LOG_VARIANCE_LIMIT = 10.0
 
 
 class _LinearHead(nn.Module):
-    """Layer norm, dropout, and one linear layer, in the dtype of its weights even under autocast.
+    """Layer norm unless `config.head_norm` is "none", dropout, and one linear layer.
+
+    It computes in the dtype of its weights even under autocast.
 
     A head fitted to frozen embeddings has large weights whose products cancel: in bfloat16 the rounding error is as
     large as the differences between subjects.
@@ -26,9 +28,10 @@ class _LinearHead(nn.Module):
 
     def __init__(self, config: BrainFoundConfig, num_outputs: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.embedding_size)
+        width = config.volume_embedding_size
+        self.norm = nn.LayerNorm(width) if config.head_norm == "layer" else nn.Identity()
         self.dropout = nn.Dropout(config.head_dropout)
-        self.score = nn.Linear(config.embedding_size, num_outputs)
+        self.score = nn.Linear(width, num_outputs)
 
     def compute_scores(self, embedding: Float[Tensor, "volumes width"]) -> Float[Tensor, "volumes outputs"]:
         with torch.autocast(embedding.device.type, enabled=False):

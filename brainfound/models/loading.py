@@ -41,6 +41,7 @@ _OUTPUT_LAYERS = {
 _CHANGED_PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("aggregator", "aggregator_layers", "aggregator_width"): ("aggregator",),
     ("embedding_size",): ("aggregator", "head"),
+    ("volume_embedding_size", "head_norm"): ("head",),
     ("decoder", "decoder_slice_mixing", "decoder_width", "resolved_decoder_layers"): ("decoder",),
 }
 
@@ -208,7 +209,8 @@ def _describe_head(kind: type, config: BrainFoundConfig) -> str:
         outputs = f"{config.regression_bins} bins from {low:g} to {high:g}"
     else:
         outputs = f"a {config.regression_head} head"
-    return outputs if config.slice_features == "cls" else f"{outputs} on {config.slice_features}"
+    features = config.describe_features()
+    return outputs if features == "cls" else f"{outputs} on {features}"
 
 
 @torch.no_grad()

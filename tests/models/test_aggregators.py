@@ -64,7 +64,7 @@ def test_neither_content_nor_amount_nor_place_of_padding_changes_a_bit(name, cou
 def test_any_number_of_slices(name, num_slices):
     with torch.no_grad():
         embedding = make(name)(torch.randn(2, num_slices, WIDTH)).embedding
-    assert embedding.shape == (2, WIDTH)
+    assert embedding.shape == (2, WIDTH * make(name).num_statistics)
     assert embedding.isfinite().all()
 
 
@@ -184,3 +184,14 @@ def test_positions_are_sines_and_cosines_from_4_mm_to_1_m_and_differ():
     expected = np.concatenate([np.sin(angles), np.cos(angles)[:, :12]], axis=1)
     np.testing.assert_allclose(codes.numpy(), expected, atol=1e-4)
     assert torch.cdist(codes, codes).add(torch.eye(181) * 9).min() > 0.1
+
+
+def test_statistics_are_concatenated_and_padding_is_none_of_them():
+    slices, mask = torch.randn(1, 5, WIDTH), torch.tensor([[1, 0, 1, 1, 0]]).bool()
+    embedding = make("mean_std_max")(slices, mask).embedding
+    valid = slices[0, [0, 2, 3]]
+    expected = torch.cat([valid.mean(dim=0), valid.std(dim=0, correction=0), valid.amax(dim=0)])
+    torch.testing.assert_close(embedding[0], expected)
+    single = torch.randn(1, 1, WIDTH, requires_grad=True)
+    make("mean_std")(single).embedding.sum().backward()
+    assert single.grad.isfinite().all()

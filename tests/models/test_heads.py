@@ -162,7 +162,7 @@ def test_bins_learn_and_are_saved(backbone_folder, tmp_path):
         ({"classification_focal_gamma": -1.0}, "focal_gamma.*at least 0"),
         ({"class_weights": [1.0, 2.0, 3.0]}, "class_weights.*expected 2 values"),
         ({"class_weights": [1.0, 0.0]}, "one positive weight per class"),
-        ({"decoder_layers": []}, "one block or more.*evenly spaced"),
+        ({"decoder_layers": []}, "one block or more.*numbers from 1"),
         ({"decoder_layers": [0]}, "counted from 1"),
         ({"image_std": 0.0}, "must be positive.*image_std|image_std.*must be positive"),
         ({"image_std": [0.2, 0.2, -1.0]}, "image_std.*must be positive"),

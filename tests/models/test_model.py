@@ -100,7 +100,7 @@ def test_a_slice_is_its_class_token_the_mean_of_its_patches_or_both(backbone_fol
     parts = {"cls": [expected.slice_embeddings], "patches": [patches]}
     parts["cls_and_patches"] = parts["cls"] + parts["patches"]
     torch.testing.assert_close(output.slice_embeddings, torch.cat(parts[features], dim=-1))
-    assert output.volume_embedding.shape == (2, model.config.embedding_size)
+    assert output.volume_embedding.shape == (2, model.config.volume_embedding_size)
     torch.testing.assert_close(again.volume_embedding, output.volume_embedding)
     with pytest.raises(ModelError, match=f"expected .*{model.config.embedding_size}"):
         model(slice_embeddings=torch.rand(2, 4, 7))
@@ -141,7 +141,7 @@ def test_inputs_that_do_not_fit_are_named(backbone_folder, arguments, told):
     ("field", "value", "told"),
     [
         ("decoder", "unet", "linear, fpn, unetr"),
-        ("aggregator", "median", "mean, max, attention, transformer"),
+        ("aggregator", "median", "mean, max, mean_std, mean_max, mean_std_max, attention, transformer"),
         ("stem", "volume", "channels, per_contrast, slices"),
         ("contrasts", ["T1w", "T1w"], "different"),
         ("image_mean", [0.1, 0.2], "3 values"),
