@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from brainfound.data.splits.split_file import Split
     from brainfound.data.store import Store
     from brainfound.data.store.prepare import prepare
+    from brainfound.finetuning.auto.run import finetune_auto
     from brainfound.finetuning.finetune import finetune
     from brainfound.inference.cohort import predict
     from brainfound.inference.evaluation import evaluate
@@ -52,6 +53,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "finetune",
+    "finetune_auto",
     "load",
     "metrics",
     "predict",
@@ -73,6 +75,7 @@ _MODULES = {
     "BrainFoundModel": "brainfound.models",
     "pretrain": "brainfound.pretraining.pretrain",
     "finetune": "brainfound.finetuning.finetune",
+    "finetune_auto": "brainfound.finetuning.auto.run",
     "evaluate": "brainfound.inference.evaluation",
     "load": "brainfound.inference.loading",
     "predict": "brainfound.inference.cohort",

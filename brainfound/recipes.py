@@ -124,6 +124,15 @@ def find(name_or_path: str | Path, room: Room) -> Path:
     raise RecipeError(f"no {kind} recipe named {str(name_or_path)!r}", remedy=remedy)
 
 
+def read_kind(name_or_path: str | Path, room: Room) -> str | None:
+    """The kind that a recipe file states, such as "auto"; None without one. RecipeError if there is no such recipe."""
+    try:
+        content = yaml.safe_load(find(name_or_path, room).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None  # `load` names the fault
+    return content.get("kind") if isinstance(content, dict) else None
+
+
 def load(recipe: type[AnyRecipe], name_or_path: str | Path, room: Room, overrides: Iterable[str] = ()) -> AnyRecipe:
     """Find a recipe by path, or by name in a room, apply ``"a.b=c"`` overrides (``c`` is YAML), and validate it.
 

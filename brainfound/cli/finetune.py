@@ -51,6 +51,9 @@ def finetune(
     partial_input: Annotated[
         bool, typer.Option("--partial-input", help="Also train one model per subset of the contrasts.")
     ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="auto: time for the candidates; default: the recipe's 30.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last checkpoint in the run folder.")
     ] = False,
@@ -60,6 +63,9 @@ def finetune(
 ) -> None:
     """Fine-tune on a target: classification, regression, or segmentation of the mask.
 
+    With the recipe auto, candidates from linear models of frozen features to full fine-tuning are compared by inner
+    cross-validation, as far as --minutes allow, and the best one is exported (classification and regression).
+
     Subjects are divided into train, validation and test. The test part is scored once, with a trivial and a frozen
     baseline. `brainfound predict` reads the run folder. --folds, --shots, --subjects, --leave-site-out, --seeds,
     --partial-input, or several --model or --adapter, start many runs and write a page, report.md, with scores, spread
@@ -67,9 +73,23 @@ def finetune(
     """
     require_new_run(out, recipe, resume)
     from brainfound.experiments.systems import parse_systems
+    from brainfound.recipes import read_kind
 
     systems = parse_systems(model, adapter or ())
-    if folds or shots or subjects or leave_site_out or seeds or partial_input or len(systems) > 1:
+    is_auto = read_kind(recipe, "train") == "auto"
+    if minutes is not None and not is_auto:
+        raise UsageError("only the recipe auto has a time limit", where="--minutes", remedy="Leave --minutes out")
+    if is_auto:
+        several = {"--folds": folds, "--shots": shots, "--subjects": subjects, "--leave-site-out": leave_site_out}
+        several |= {"--seeds": seeds, "--partial-input": partial_input, "--adapter": adapter}
+        if given := [name for name, value in several.items() if value]:
+            what, remedy = "auto is one run that chooses its adapter", "Leave it out, or give --split FILE --fold NAME"
+            raise UsageError(what, where=given[0], remedy=remedy)
+        if len(systems) > 1:
+            raise UsageError("auto starts from one model", where="--model", got=len(systems), remedy="Give one --model")
+        if minutes is not None and not minutes > 0:
+            raise UsageError("there is no time for a candidate", where="--minutes", got=minutes, expected="above 0")
+    elif folds or shots or subjects or leave_site_out or seeds or partial_input or len(systems) > 1:
         if fold is not None:
             raise UsageError("one fold and many runs", where="--fold", got=fold, remedy="Leave one of them out")
         if partial_input and (shots or subjects or len(systems) > 1):
@@ -97,28 +117,26 @@ def finetune(
     (system,) = systems
     from accelerate import PartialState
 
-    from brainfound.finetuning.finetune import finetune as run
     from brainfound.finetuning.scoring import read_scores
 
-    folder = run(
-        recipe,
-        data,
-        system.model,
-        target,
-        out,
-        adapter=system.adapter,
-        split=split,
-        fold=fold,
-        resume=resume,
-        keep_ids=keep_ids,
-        overrides=[*(set_ or ()), *system.overrides],
-        quiet=quiet,
-    )
+    place = data, system.model, target, out
+    common: dict[str, Any] = {"split": split, "fold": fold, "resume": resume, "keep_ids": keep_ids, "quiet": quiet}
+    common["overrides"] = [*(set_ or ()), *system.overrides]
+    if is_auto:
+        from brainfound.finetuning.auto.run import finetune_auto
+
+        folder = finetune_auto(*place, recipe=recipe, minutes=minutes, **common)
+    else:
+        from brainfound.finetuning.finetune import finetune as run
+
+        folder = run(recipe, *place, adapter=system.adapter, **common)
     if PartialState().is_main_process:
         scores = read_scores(folder)
         print(scores_line(scores))
         if line := intervals_line([scores]):
             print(line)
+        if is_auto:
+            print(scores["auto"]["text"])
         print(scores["verdict"]["text"])
         print(folder / "export")
 

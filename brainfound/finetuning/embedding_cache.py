@@ -102,6 +102,10 @@ class EmbeddingCache:
             raise TrainingError("a session is not in the cache", where=self.path, got=f"session of row {session}")
         return np.asarray(self._embeddings[self._rows(session)])
 
+    def slices_read(self, session: int) -> Int[np.ndarray, "S"]:
+        """The indices of the slices of a session that are embedded."""
+        return self._slices[session]
+
     def mean_embeddings(self, sessions: Sequence[int]) -> Float[np.ndarray, "n D"]:
         """The mean slice embedding of each session, as from a frozen backbone with mean pooling."""
         return np.stack([self.slices(int(session)).mean(axis=0) for session in sessions])

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from brainfound.adapters.attach import AdapterRecipe, count_parameters
 from brainfound.adapters.bundle import save_bundle
@@ -134,7 +135,7 @@ def finetune(
             training.best.restore()
             console.print(f"exported: {training.best.describe()}")
         distributed.run_on_main_rank(
-            lambda: _score_and_export(folder, training, str(model), history, engine.step, keep_ids),
+            lambda: score_and_export(folder, training, str(model), history, engine.step, keep_ids),
             accelerator.is_main_process,
         )
     return folder
@@ -177,10 +178,25 @@ def _require_same_model_and_task(folder: Path, model: str, task: Task) -> None:
         raise UsageError(what, where=where, got=now.get(other[0]), expected=expected, remedy=remedy)
 
 
-def _score_and_export(
-    folder: Path, training: FinetuneTask, source: str, history: TrainingHistory, step: int, keep_ids: bool
+def score_and_export(
+    folder: Path,
+    training: FinetuneTask,
+    source: str,
+    history: TrainingHistory,
+    step: int,
+    keep_ids: bool,
+    *,
+    calibration_cases: pd.DataFrame | None = None,
+    facts: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
 ) -> None:
-    """Score the test part once, and write scores, bundle and curves; ``step`` is the last one."""
+    """Score the test part once, and write scores, bundle and curves; ``step`` is the last one.
+
+    Args:
+        calibration_cases: out-of-fold answers to fit the calibration to; None: the answers on the validation part.
+        facts: more entries of scores.json.
+        card: facts of the model card that differ from those of a training.
+    """
     store, parts, task, frozen, best = training.store, training.parts, training.task, training.frozen, training.best
     exported_step = step if best is None or best.step is None else best.step
     test = training.score("test").with_intervals()
@@ -188,13 +204,15 @@ def _score_and_export(
     if frozen is not None:
         test = replace(test, frozen=frozen.scores.scores)
         write_cases(folder / FROZEN_CASES_FILE, frozen.scores.cases, keep_ids)
-    facts: dict[str, Any] = {"verdict": verdict._asdict(), "last_step": step}
+    facts = {**(facts or {}), "verdict": verdict._asdict(), "last_step": step}
     if best is not None:
         facts["validation"] = best.to_dict()
     calibration = None
     if isinstance(task, VolumeTask):
-        calibration = task.fit_calibration(training.score("validation").cases)
-        facts["calibration"] = calibration.report(task.calibration_effect(calibration, test.cases))
+        fitted_on = "validation" if calibration_cases is None else "inner folds"
+        cases = training.score("validation").cases if calibration_cases is None else calibration_cases
+        calibration = task.fit_calibration(cases)
+        facts["calibration"] = calibration.report(task.calibration_effect(calibration, test.cases), fitted_on)
         if curves := task.reliability(calibration, test.cases):
             plot_reliability(curves, path=folder / RELIABILITY_FILE, title="test part")
     scores = write_scores(folder, test, keep_ids=keep_ids, part="test", step=exported_step, **facts)
@@ -214,7 +232,7 @@ def _score_and_export(
             "calibration": None if calibration is None else calibration.to_dict(),
             "frozen_encoder": None if frozen is None else frozen.encoder,
         },
-        card=finetuned_card(training, source, history, scores),
+        card=finetuned_card(training, source, history, scores) | dict(card or {}),
         history=history.extended(store, parts),
         baseline=None if frozen is None else frozen.tensors,
         overwrite=True,  # a run that is resumed after its last step writes it again
@@ -244,7 +262,7 @@ def finetuned_card(
         "base_model": source,
         "base_model_relation": "finetune" if method in ("full", "last_blocks") else "adapter",
         "backbone": config.backbone_config.model_type,
-        **({} if config.slice_features == "cls" else {"slice features": config.slice_features}),
+        **({} if config.describe_features() == "cls" else {"features": config.describe_features()}),
         "stem": config.stem,
         "aggregator": "none" if task.per_voxel else config.aggregator,
         "adapter": recipe.adapter,

@@ -18,7 +18,7 @@ from scipy.special import expit, logsumexp
 from sklearn.cross_decomposition import PLSRegression
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge
-from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedGroupKFold
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from brainfound.errors import TrainingError
 
@@ -106,18 +106,27 @@ def fit_pls(
     features: Float[np.ndarray, "n D"], values: np.ndarray, subject_groups: np.ndarray
 ) -> tuple[np.ndarray, float]:
     """Weights ``(D,)`` and bias of partial least squares (Wold 1975); left-out subjects choose the components."""
-    most = min(_MAX_COMPONENTS, features.shape[1])
     folds = subject_folds(subject_groups, None)
-    model = PLSRegression(n_components=1, scale=False)
-    if folds:
-        smallest = min(len(train) for train, _ in folds) - 1
-        grid = {"n_components": list(range(1, max(1, min(most, smallest)) + 1))}
-        model = (
-            GridSearchCV(model, grid, cv=folds, scoring="neg_mean_squared_error").fit(features, values).best_estimator_
-        )
-    else:
-        model.fit(features, values)
-    return np.ravel(model.coef_), float(np.ravel(model.predict(np.zeros((1, features.shape[1]))))[0])
+    number, most = 1, min(_MAX_COMPONENTS, features.shape[1], *(len(train) - 1 for train, _ in folds or ()))
+    if folds and most > 1:
+        errors = np.zeros(most)
+        for train, test in folds:
+            rows, bias = _pls_of_each_size(features[train], values[train], len(errors))
+            errors += np.mean((features[test] @ rows.T + bias - values[test, None]) ** 2, axis=0)
+        number = int(errors.argmin()) + 1
+    rows, bias = _pls_of_each_size(features, values, number)
+    return rows[-1], float(bias[-1])
+
+
+def _pls_of_each_size(
+    features: np.ndarray, values: np.ndarray, number: int
+) -> tuple[Float[np.ndarray, "number D"], Float[np.ndarray, "number"]]:
+    """Weights and biases with 1, 2, … components, which for one target are those of a single fit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # fewer components explain the target completely
+        fitted = PLSRegression(n_components=number, scale=False).fit(features, values)
+    rows = np.cumsum(fitted.x_rotations_ * fitted.y_loadings_, axis=1).T
+    return rows, values.mean() - rows @ features.mean(axis=0)
 
 
 def fit_logistic(

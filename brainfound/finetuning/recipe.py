@@ -52,7 +52,8 @@ class FinetuneRecipe(Recipe):
     """All settings of a fine-tuning run."""
 
     lookalikes: ClassVar[Mapping[str, str]] = {
-        "brainfound.pretraining.recipe:PretrainRecipe": "this is a pretraining recipe; use `brainfound pretrain`"
+        "brainfound.pretraining.recipe:PretrainRecipe": "this is a pretraining recipe; use `brainfound pretrain`",
+        "brainfound.finetuning.auto.recipe:AutoRecipe": "this recipe chooses among models; in Python use finetune_auto",
     }
 
     name: str = "finetune"
@@ -73,7 +74,10 @@ class FinetuneRecipe(Recipe):
     slice_features: Literal["cls", "patches", "cls_and_patches"] | None = None
     """Embedding of a slice for a classification or a regression: cls, patches (the mean of the patch tokens) or
     cls_and_patches. null: as in the model; cls for a plain ViT."""
-    aggregator: Literal["mean", "max", "attention", "transformer"] = "attention"
+    feature_layers: tuple[int, ...] | None = None
+    """Blocks of the backbone, counted from 1, whose features are concatenated: [6, 12]. null: as in the model; the last
+    for a plain ViT."""
+    aggregator: Literal["mean", "max", "mean_std", "mean_max", "mean_std_max", "attention", "transformer"] = "attention"
     """Slice embeddings → volume embedding (not used by a segmentation)."""
     head_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the head's last layer."""
@@ -128,7 +132,11 @@ def resolve_recipe(
 def require_effective_settings(recipe: FinetuneRecipe, task: Task) -> None:
     """Refuse shared settings that have no effect on a task, with a RecipeError that names the keys."""
     # For a segmentation. A mean has no weights and stands in for the unused aggregator.
-    allowed = {"aggregator": ("attention", "mean"), "slice_features": (None,)} if task.per_voxel else {}
+    allowed = (
+        {"aggregator": ("attention", "mean"), "slice_features": (None,), "feature_layers": (None,)}
+        if task.per_voxel
+        else {}
+    )
     if unread := [name for name, values in allowed.items() if getattr(recipe, name) not in values]:
         what, them = ("this setting is", "it") if len(unread) == 1 else ("these settings are", "them")
         raise RecipeError(

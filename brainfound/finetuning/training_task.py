@@ -171,7 +171,9 @@ def build_task(
     train, test = parts["train"].tolist(), parts["test"].tolist()
     fields: dict[str, Any] = {"aggregator": recipe.aggregator, "head_dropout": recipe.head_dropout}
     fields |= task.config_fields(task.values(store, train))
-    fields |= {name: value for name in ("stem", "slice_features") if (value := getattr(recipe, name)) is not None}
+    for name in ("stem", "slice_features", "feature_layers"):
+        if (value := getattr(recipe, name)) is not None:
+            fields[name] = list(value) if isinstance(value, tuple) else value
     model: Any = load_initial_model(task.model_class, source, store.contrasts, **fields)
     model.to(accelerator.device)
     if recipe.gradient_checkpointing:

@@ -220,7 +220,7 @@ STATISTICS: dict[str, tuple[str, ...]] = {
 AGGREGATORS: dict[str, Callable[[PreTrainedConfig], Aggregator]] = {
     "mean": lambda config: MeanAggregator(),
     "max": lambda config: MaxAggregator(),
-    **{name: lambda config, parts=parts: StatisticsAggregator(parts) for name, parts in STATISTICS.items()},
+    **dict.fromkeys(STATISTICS, lambda config: StatisticsAggregator(STATISTICS[config.aggregator])),
     "attention": lambda config: AttentionAggregator(config.embedding_size, config.aggregator_width),
     "transformer": lambda config: TransformerAggregator(config.embedding_size, config.aggregator_layers),
 }

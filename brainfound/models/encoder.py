@@ -43,7 +43,7 @@ class SliceEncoding(NamedTuple):
 
     def embedding(self, features: str) -> Float[Tensor, "slices embedding"]:
         """One vector per slice; `features` is a `config.slice_features`."""
-        vectors = []
+        vectors: list[Tensor] = []
         for cls, patches in self.blocks or ((self.cls, self.patches),):
             # In float32: a mean over hundreds of bfloat16 tokens would lose the differences between slices.
             mean = patches.mean(dim=1, dtype=torch.promote_types(patches.dtype, torch.float32))

@@ -101,13 +101,19 @@ def read_patch_size(source: str | Path, contrasts: Sequence[str]) -> int | None:
 
     Raises as `load_initial_model`, which also refuses unsupported families.
     """
+    config = read_backbone_config(source, contrasts)
+    return get_patch_size(config) if config.model_type in FAMILIES else None
+
+
+def read_backbone_config(source: str | Path, contrasts: Sequence[str]) -> PreTrainedConfig:
+    """The configuration of the 2-D ViT of an initial model; raises as `load_initial_model`."""
     is_ours = is_brainfound(source)
     with reading_model(str(source)):
         config = (BrainFoundConfig if is_ours else AutoConfig).from_pretrained(str(source))
-    if is_ours:
-        _require_contrasts(source, config.contrasts, contrasts)
-        config = config.backbone_config
-    return get_patch_size(config) if config.model_type in FAMILIES else None
+    if not is_ours:
+        return config
+    _require_contrasts(source, config.contrasts, contrasts)
+    return config.backbone_config
 
 
 def _require_contrasts(source: str | Path, own: Sequence[str], given: Sequence[str]) -> None:

@@ -132,23 +132,23 @@ class SavedTask:
 
 @dataclass(frozen=True)
 class AnswerCalibration:
-    """Calibration fitted to the answers on the validation part, never on the test part.
+    """Calibration fitted to the answers on the validation part, or to out-of-fold answers, never on the test part.
 
     A classification gets a temperature; a regression a bias correction and a conformal interval. Calibrated answers
     appear next to the raw ones: in scores.json with their effect on the test part, and in the bundle's predictions.
     """
 
     num_sessions: int = 0
-    """Sessions of the validation part."""
+    """Sessions that it was fitted to."""
     temperature: float | None = None
     bias_correction: BiasCorrection | None = None
     interval: ConformalInterval | None = None
     left_out: tuple[str, ...] = ()
     """Fits that failed, for example on too small a validation part, with the reasons."""
 
-    def report(self, effect: Mapping[str, Any]) -> dict[str, Any]:
+    def report(self, effect: Mapping[str, Any], fitted_on: str = "validation") -> dict[str, Any]:
         """For scores.json: what was fitted, and its effect on the test part (`VolumeTask.calibration_effect`)."""
-        common = {"fitted_on": "validation", "num_sessions": self.num_sessions, "left_out": list(self.left_out)}
+        common = {"fitted_on": fitted_on, "num_sessions": self.num_sessions, "left_out": list(self.left_out)}
         return common | dict(effect)
 
     def to_dict(self) -> dict[str, Any]:
@@ -277,6 +277,10 @@ class VolumeTask(Task):
 
     @abstractmethod
     def values(self, store: Store, sessions: Sequence[int]) -> np.ndarray: ...
+
+    def absent_names(self, values: np.ndarray) -> list[str]:
+        """The classes or labels that no value has; none for a regression."""
+        return []
 
     @abstractmethod
     def truth_columns(self, truth: Any) -> dict[str, Any]:

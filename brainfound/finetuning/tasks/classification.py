@@ -103,7 +103,7 @@ class Classification(VolumeTask):
     def check_parts(self, store: Store, parts: Parts, notify: Notify | None) -> None:
         self._require_classes_in_training(store, parts)
         for part, index in parts.items():
-            absent = self._absent_names(self.values(store, index.tolist()))
+            absent = self.absent_names(self.values(store, index.tolist()))
             if notify and absent:
                 missing = ", ".join(absent)
                 notify(f"no session of the {part} part is {missing}: scores that need it are not defined there")
@@ -122,7 +122,7 @@ class Classification(VolumeTask):
                     remedy="Leave its cells empty, join it to another class, or divide the subjects otherwise",
                 )
 
-    def _absent_names(self, values: np.ndarray) -> list[str]:
+    def absent_names(self, values: np.ndarray) -> list[str]:
         return [name for k, name in enumerate(self.names) if not (values == k).any()]
 
     def values(self, store: Store, sessions: Sequence[int]) -> Int[np.ndarray, "n"]:
@@ -272,7 +272,7 @@ class MultiLabelClassification(Classification):
     def _require_classes_in_training(self, store: Store, parts: Parts) -> None:
         """Nothing to require: every label is 0 or 1."""
 
-    def _absent_names(self, values: np.ndarray) -> list[str]:
+    def absent_names(self, values: np.ndarray) -> list[str]:
         return [name for name, column in zip(self.names, values.T, strict=True) if not column.any()]
 
     def values(self, store: Store, sessions: Sequence[int]) -> Float[np.ndarray, "n K"]:

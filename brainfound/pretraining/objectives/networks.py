@@ -192,7 +192,8 @@ class DistillationModel(EncoderWithHeads):
 
     def project(self, tokens: Float[Tensor, "m T D"], masked: Int[Tensor, "M"]) -> DistillationOutput:
         """Encoded global crops through both heads; `masked` are positions in the flattened (m · P) patches."""
-        cls, patches, _ = self.encoder.encoding(tokens)
+        encoding = self.encoder.encoding(tokens)
+        cls, patches = encoding.cls, encoding.patches
         hidden = patches.flatten(0, 1).index_select(0, masked)
         return DistillationOutput(cls, patches, self.heads["dino"](cls), self.ibot_head(hidden))
 

@@ -1,0 +1,1 @@
+"""The choice of a model by inner cross-validation: `brainfound finetune auto`."""
