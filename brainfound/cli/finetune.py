@@ -80,7 +80,12 @@ def finetune(
     if minutes is not None and not is_auto:
         raise UsageError("only the recipe auto has a time limit", where="--minutes", remedy="Leave --minutes out")
     if is_auto:
-        several = {"--folds": folds, "--shots": shots, "--subjects": subjects, "--leave-site-out": leave_site_out}
+        several: dict[str, Any] = {
+            "--folds": folds,
+            "--shots": shots,
+            "--subjects": subjects,
+            "--leave-site-out": leave_site_out,
+        }
         several |= {"--seeds": seeds, "--partial-input": partial_input, "--adapter": adapter}
         if given := [name for name, value in several.items() if value]:
             what, remedy = "auto is one run that chooses its adapter", "Leave it out, or give --split FILE --fold NAME"

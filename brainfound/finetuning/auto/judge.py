@@ -5,8 +5,8 @@ the mean over subjects of the task's `selection_metric` (absolute error, log los
 no ties, unlike an AUROC of forty subjects.
 
 The best of twenty candidates owes a part of its score to luck. The average of all linear candidates owes none, and is
-linear again, so it is the default. Another one wins only where it is better by more than one standard error of the
-paired difference, and a model that looks at images is exported only if it is better than the trivial answer.
+linear again, so it is the default. Another one takes its place only where it is better by more than one standard error
+of the paired difference. By the same margin the winner must be better than the trivial answer, or that is exported.
 
 Axis legend: n volumes, R head outputs, M candidates.
 """
@@ -135,8 +135,8 @@ class Judge:
         if AVERAGE in names:
             gain, error = mean_and_error(own[AVERAGE] - own[best])
             best = best if gain > error else AVERAGE
-        if own[best].mean() >= own[TRIVIAL].mean():
-            best = TRIVIAL
+        gain, error = mean_and_error(own[TRIVIAL] - own[best])
+        best = best if gain > error else TRIVIAL
         members = [name for name in members if name in names]
         weights = {} if best == TRIVIAL else {best: 1.0}
         if best == AVERAGE:

@@ -343,7 +343,7 @@ class _Run:
         count = len(np.unique(self.judge.groups))
         if choice.name == TRIVIAL:
             same = f"the same answer for everybody ({metric} {format_score(metric, choice.trivial)}"
-            nothing = f"no candidate predicts {self.task.column} better than {same} on {count} left-out subjects)"
+            nothing = f"no candidate is clearly better than {same} on {count} left-out subjects)"
             return f"winner: {TRIVIAL}; {nothing}, so the model answers alike for everybody"
         what = {
             AVERAGE: f"the average of {len(choice.weights)} linear models",
