@@ -65,8 +65,8 @@ class AutoRecipe(Recipe):
     seed: int = Field(0, ge=0)
     """Seeds the inner folds and the training of candidates."""
     minutes: float = Field(30.0, gt=0)
-    """Time for the candidates. The features and one round of the linear candidates are always computed; whatever does
-    not fit into the time left is not begun."""
+    """Time for the candidates, which begins when the features are computed. The simplest candidate is always fitted;
+    one that does not fit into the time left is not begun."""
     inner_folds: int = Field(5, ge=2)
     """Folds by subject, of the training and the validation part together, on which candidates are judged."""
     inner_repeats: int = Field(3, ge=1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -126,12 +126,12 @@ def finetune_auto(
         # Before the recipe, so that every run that can be resumed has its split.
         write_split(folder, store, parts, column, content.split, split_file)
         run_folder.write_start(folder, content, facts)
-        clock = _Clock.open(folder, content.minutes * 60, judge)
         history = read_history(model)
         counts = ", ".join(f"{part} {len(index)}" for part, index in parts.items())
         console.print(f"{task.kind} of {target}: {counts}")
-        run = _Run(content, store, parts, pool, task, str(model), folder, judge, clock, console.print)
+        run = _Run(content, store, parts, pool, task, str(model), folder, judge, console.print)
         features = run.embed(caches, accelerator.device)
+        run.clock = _Clock.open(folder, content.minutes * 60, judge)
         linear = run.judge_linear(features)
         trained = TrainedCandidates(content, store, str(model), target, folder / CANDIDATES_FOLDER, caches)
         for candidate in content.trained:
@@ -243,8 +243,8 @@ class _Run:
     source: str
     folder: Path
     judge: Judge
-    clock: _Clock
     notify: Callable[[str], None]
+    clock: _Clock = field(init=False)
     seconds_per_session: float = 0.0
     layers: tuple[int, ...] = ()
 
@@ -269,7 +269,7 @@ class _Run:
         return {} if self.recipe.stem is None else {"stem": self.recipe.stem}
 
     def judge_linear(self, features: np.ndarray) -> list[LinearCandidate]:
-        """Score the linear candidates: one round of inner folds each, then more while there is time."""
+        """Score the linear candidates: one round of inner folds each, then more, while there is time."""
         task, judge = self.task, self.judge
         num_outputs = len(trivial_scores(task, judge.values))
         candidates = [
@@ -285,8 +285,8 @@ class _Run:
                 result = judge.results.setdefault(candidate.name, judge.new_result(num_outputs))
                 if not np.isnan(result.scores[repeat]).any():
                     continue
-                if repeat and self.clock.left <= 0:
-                    result.stopped = "no time for more rounds"
+                if self.clock.left <= 0 and (repeat or candidate != candidates[0]):
+                    result.stopped = "no time left"
                     continue
                 started = time.monotonic()
                 for train, test in folds:
