@@ -250,6 +250,17 @@ def test_what_does_not_fit_into_the_time_is_not_begun(store, backbone_folder, tm
     assert "are left" in tried["stopped"]
 
 
+def test_a_cached_candidate_reads_the_features_of_the_linear_ones(store, backbone_folder, tmp_path):
+    trained = {"head": {**TRAINED["head"], "cached_embeddings": True}}
+    recipe = auto_recipe(trained=trained)
+    assert recipe.finetuning("head", (1, 2, 3)).feature_layers == (1, 2, 3)
+    options = {"recipe": auto_recipe(trained={"head": {**trained["head"], "num_slices": 128}}), "quiet": True}
+    run = finetune_auto(store, backbone_folder, "age_years", tmp_path / "run", **options)
+    assert len(list((run / "embeddings").iterdir())) == 1
+    tried = pd.read_csv(run / "tried.tsv", sep="\t").set_index("candidate").loc["head"]
+    assert tried["folds"] >= 1
+
+
 def test_a_hopeless_candidate_is_stopped():
     values, task = np.arange(12.0), Regression("score", mean=5.5, std=3.0)
     judge = judge_of(values, task, [], np.zeros((12, 3, 1, 2, 2)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -73,7 +73,8 @@ class AutoRecipe(Recipe):
     """Divisions into inner folds; trained candidates use the first."""
     linear: LinearRecipe = LinearRecipe()
     trained: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Name → what a fine-tuning recipe has in addition, from cheap to dear: {lora: {adapter: lora-r8}}."""
+    """Name → what a fine-tuning recipe has in addition, from cheap to dear: {lora: {adapter: lora-r8}}. With
+    cached_embeddings, a candidate reads the features of the linear ones unless it names its own."""
     task: AnyTaskRecipe = AutoTaskRecipe()
     """As in a fine-tuning recipe."""
     contrasts: tuple[str, ...] | None = None
@@ -93,13 +94,19 @@ class AutoRecipe(Recipe):
             self.finetuning(name)
         return self
 
-    def finetuning(self, candidate: str | None = None) -> FinetuneRecipe:
-        """The fine-tuning recipe of a trained candidate; without one, that of the linear candidates."""
+    def finetuning(self, candidate: str | None = None, layers: Sequence[int] | None = None) -> FinetuneRecipe:
+        """The fine-tuning recipe of a trained candidate; without one, that of the linear candidates.
+
+        ``layers`` are the blocks that the linear candidates read.
+        """
         shared = ("seed", "task", "contrasts", "stem", "split", "engine")
         content = {name: value for name, value in self.model_dump(mode="json").items() if name in shared}
         own: Mapping[str, Any] = {"adapter": "head-only", "aggregator": "mean", "num_slices": self.num_slices}
         if candidate is not None:
             own = self.trained[candidate]
+            if own.get("cached_embeddings") and "slice_features" not in own:
+                shared_features = {"slice_features": "cls_and_patches", "feature_layers": layers}
+                own = {**shared_features, "num_slices": self.num_slices, **own}
         engine = {**content["engine"], **own.get("engine", {})}
         content |= {"name": candidate or self.name, "frozen_baseline": False, **own, "engine": engine}
         return validate(FinetuneRecipe, content, where=f"trained.{candidate}")

@@ -133,7 +133,7 @@ def finetune_auto(
         features = run.embed(caches, accelerator.device)
         run.clock = _Clock.open(folder, content.minutes * 60, judge)
         linear = run.judge_linear(features)
-        trained = TrainedCandidates(content, store, str(model), target, folder / CANDIDATES_FOLDER, caches)
+        trained = TrainedCandidates(content, store, str(model), target, folder / CANDIDATES_FOLDER, caches, run.layers)
         for candidate in content.trained:
             run.judge_trained(trained, candidate)
         judge.add_mixtures([one.name for one in linear])

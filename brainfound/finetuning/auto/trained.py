@@ -43,12 +43,15 @@ class TrainedCandidates:
     target: str
     folder: Path
     caches: Path
+    layers: tuple[int, ...]
+    """The backbone blocks that the linear candidates read."""
 
     def expected_seconds(self, name: str, seconds_per_session: float) -> float:
         """An estimate of a fold, from the time to embed a session with the slices of the linear candidates."""
-        own = self.recipe.finetuning(name)
+        own = self.recipe.finetuning(name, self.layers)
         if own.cached_embeddings:
-            return 0.0
+            is_embedded = own.feature_layers == self.layers and own.num_slices == self.recipe.num_slices
+            return 0.0 if is_embedded else seconds_per_session * len(self.store)
         share = own.num_slices / min(self.recipe.num_slices, float(self.store.sessions["num_slices"].mean()))
         sessions = float(own.engine.steps * own.engine.batch_size * _PASSES_PER_STEP)
         sessions += own.head_fit_passes * len(self.store)
@@ -94,7 +97,7 @@ class TrainedCandidates:
         run_folder.write_end(folder, run_folder.DONE, scores["step"], 0)
 
     def _finetune(self, name: str, out: Path, split: Path, frozen: bool, keep_ids: bool = False) -> None:
-        recipe = self.recipe.finetuning(name)
+        recipe = self.recipe.finetuning(name, self.layers)
         recipe = validate(type(recipe), {**recipe.model_dump(mode="json"), "frozen_baseline": frozen})
         options: dict[str, Any] = {"resume": run_folder.is_run_folder(out), "keep_ids": keep_ids, "quiet": True}
         finetune(recipe, self.store, self.source, self.target, out, split=split, cache=self.caches, **options)
