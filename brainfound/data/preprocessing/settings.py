@@ -37,6 +37,9 @@ class Preprocessing(Recipe):
     bits: Literal[8, 16] = 8
     """Bits per pixel. 16 bits keep the resolution of quantitative maps, and double the size of the store."""
 
+    field_of_view_mm: float | None = Field(default=None, ge=50, le=500)
+    """Length of the head that is kept below its top; null keeps all of it. 170 cuts the neck, as robustfov of FSL."""
+
     min_overlap: float = Field(default=0.2, ge=0, le=1)
     """A scan whose field of view covers less than this share of the reference scan's foreground is refused."""
 

@@ -130,6 +130,7 @@ class ScanQuality:
         overlap: share of the reference scan's foreground inside the field of view; 1 for the reference.
         cropped: share of the scan's foreground outside of the stack.
         num_slices: slices of the stack.
+        cut_mm: length of the head or neck that the field of view of the preprocessing cuts off below.
     """
 
     contrast: str
@@ -147,6 +148,7 @@ class ScanQuality:
     overlap: float
     cropped: float
     num_slices: int
+    cut_mm: float = 0.0
     notes: tuple[str, ...] = ()
 
     def to_row(self) -> dict[str, Any]:

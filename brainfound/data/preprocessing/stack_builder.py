@@ -46,7 +46,8 @@ class StackBuilder:
 
     def __init__(self, preprocessing: Preprocessing, contrast: str, reference: Scan, file: str = "") -> None:
         self.preprocessing = preprocessing
-        inside = foreground(reference.data, reference.affine)
+        whole = foreground(reference.data, reference.affine)
+        inside, self.cut_mm = cut_below(whole, preprocessing.field_of_view_mm, reference.spacing_mm[2])
         to_scan, self.grid = compute_stack_grid(preprocessing, reference, inside)
         if self.grid[0] < preprocessing.min_slices:
             expected, remedy = f"at least {preprocessing.min_slices}", "Lower min_slices or leave the session out"
@@ -55,7 +56,7 @@ class StackBuilder:
         self.native_shape, self.native_affine = reference.native_shape, reference.native_affine
         self._native_header = reference.header.spatial if reference.header else None
         self._points_mm = _foreground_points(reference, inside)
-        self._inside, self._reference_affine = inside, reference.affine
+        self._inside, self._reference_affine = whole, reference.affine
         slices, height, width = self.grid
         self._pixels = np.zeros((slices, len(preprocessing.contrasts), height, width), dtype=preprocessing.pixel_dtype)
         self._present = np.zeros(len(preprocessing.contrasts), dtype=bool)
@@ -63,7 +64,7 @@ class StackBuilder:
         self.quality: list[ScanQuality] = []
         self._grids: list[tuple[np.ndarray, tuple[int, ...]]] = []
         """Affine and shape of each scan in RAS."""
-        self._add(contrast, reference, inside, overlap=1.0, file=file)
+        self._add(contrast, reference, whole, overlap=1.0, file=file)
 
     def add(self, contrast: str, scan: Scan, file: str = "") -> None:
         """Bring a further scan onto the grid; ScanError if it does not overlap the reference, or has no foreground."""
@@ -115,6 +116,8 @@ class StackBuilder:
             self.note(note, place=0)
             # With a margin, labels at the faces of the map end as in a larger map.
             labels, affine = np.pad(labels, 1), affine @ shift(-1)
+        if self.cut_mm:
+            self._note_cut_labels(labels, affine)
         self._mask = resample_labels(labels, np.linalg.inv(affine) @ self.affine, self.grid)
 
     def channel(self, contrast: str) -> Num[np.ndarray, "S H W"]:
@@ -138,8 +141,9 @@ class StackBuilder:
             native_header=self._native_header,
         )
 
-    def _add(self, contrast: str, scan: Scan, inside: Bool[np.ndarray, "X Y Z"], overlap: float, file: str) -> None:
+    def _add(self, contrast: str, scan: Scan, whole: Bool[np.ndarray, "X Y Z"], overlap: float, file: str) -> None:
         channel = self.preprocessing.contrasts.index(contrast)
+        inside = whole & self._in_view(scan.affine, whole.shape) if self.cut_mm else whole
         low, high = self._intensity_range(contrast, scan, inside)
         to_scan = np.linalg.inv(scan.affine) @ self.affine
         box = _needed_box(to_scan, self.grid, scan.data.shape)
@@ -148,7 +152,7 @@ class StackBuilder:
         scaled = scan.data[box] - np.float32(low)
         scaled *= np.float32(top / (high - low))
         np.clip(scaled, 0, top, out=scaled)
-        scaled *= inside[box]
+        scaled *= whole[box]
         to_scan[:3, 3] -= [part.start for part in box]
         # The length of one step on the stack's grid along each axis of the scan, in voxels of the scan.
         ratios = np.abs(to_scan[:3, :3]).max(axis=1)
@@ -162,7 +166,25 @@ class StackBuilder:
         self._pixels[:, channel] = volume
         self._present[channel] = True
         self._grids.append((scan.affine, scan.data.shape))
-        self.quality.append(self._measure_quality(contrast, scan, inside, (low, high), overlap, file))
+        self.quality.append(self._measure_quality(contrast, scan, whole, inside, (low, high), overlap, file))
+
+    def _in_view(self, affine: np.ndarray, shape: tuple[int, ...]) -> Bool[np.ndarray, "X Y Z"]:
+        """The voxels of a grid that do not lie below the stack's field of view."""
+        to_slice = (np.linalg.inv(self.affine) @ affine)[0]
+        x, y, z = np.ogrid[: shape[0], : shape[1], : shape[2]]
+        return to_slice[0] * x + to_slice[1] * y + to_slice[2] * z + to_slice[3] >= -0.5 - 1e-6
+
+    def _note_cut_labels(self, labels: Num[np.ndarray, "X Y Z"], affine: np.ndarray) -> None:
+        """Note on the reference scan how many labelled voxels the field of view cuts off, and codes that it loses."""
+        below = labels[~self._in_view(affine, labels.shape)]
+        if not (count := np.count_nonzero(below)):
+            return
+        all_codes, all_counts = np.unique(labels[labels > 0], return_counts=True)
+        codes, counts = np.unique(below[below > 0], return_counts=True)
+        total = dict(zip(all_codes.tolist(), all_counts.tolist(), strict=True))
+        lost = [str(code) for code, n in zip(codes.tolist(), counts.tolist(), strict=True) if n == total[code]]
+        text = f"{count} of {all_counts.sum()} labelled voxels of the mask lie below the field of view: background"
+        self.note(f"{text}; lost codes: {', '.join(lost)}" if lost else text, place=0)
 
     def _intensity_range(self, contrast: str, scan: Scan, inside: np.ndarray) -> tuple[float, float]:
         # Volumes are stored with x first: transposed, they and the mask are contiguous.
@@ -216,13 +238,22 @@ class StackBuilder:
         return nearest if nearest > SFORM_QFORM_MM else 0.0
 
     def _measure_quality(
-        self, contrast: str, scan: Scan, inside: np.ndarray, intensities: tuple[float, float], overlap: float, file: str
+        self,
+        contrast: str,
+        scan: Scan,
+        whole: np.ndarray,
+        inside: np.ndarray,
+        intensities: tuple[float, float],
+        overlap: float,
+        file: str,
     ) -> ScanQuality:
-        millilitres = float(np.count_nonzero(inside) * np.abs(np.linalg.det(scan.affine[:3, :3])) / 1000)
+        millilitres = float(np.count_nonzero(whole) * np.abs(np.linalg.det(scan.affine[:3, :3])) / 1000)
         cropped = 1 - _share_within(_foreground_points(scan, inside), self.affine, self.grid)
         notes = list(scan.notes)
         if cropped > _NOTE_CROPPED_SHARE:
             notes.append(f"{cropped:.0%} of the foreground is outside of the stack")
+        if self.cut_mm and not self.quality:
+            notes.append(f"{self.cut_mm:.0f} mm below the field of view are cut off")
         coarser = float((scan.spacing_mm / np.linalg.norm(self.affine[:3, [2, 1, 0]], axis=0)).max())
         if coarser >= _NOTE_SPACING_RATIO:
             notes.append(f"voxels up to {coarser:.1f} times as long as the stack's: its slices are interpolated")
@@ -235,7 +266,7 @@ class StackBuilder:
             spacing_mm=(x_mm, y_mm, z_mm),
             dtype=scan.header.dtype if scan.header else str(scan.data.dtype),
             foreground_ml=millilitres,
-            skull=skull_state(scan, inside, millilitres),
+            skull=skull_state(scan, whole, millilitres),
             intensity_low=intensities[0],
             intensity_high=intensities[1],
             minimum=float(scan.data.min()),
@@ -243,8 +274,25 @@ class StackBuilder:
             overlap=overlap,
             cropped=cropped,
             num_slices=self.grid[0],
+            cut_mm=self.cut_mm,
             notes=tuple(notes),
         )
+
+
+def cut_below(
+    inside: Bool[np.ndarray, "X Y Z"], field_of_view_mm: float | None, slice_mm: float
+) -> tuple[Bool[np.ndarray, "X Y Z"], float]:
+    """The foreground without what lies further below its top than the field of view, and the mm that were cut.
+
+    The length is measured along the scan's own slice axis, so that whole slices are kept or cut.
+    Source: robustfov of FSL (Jenkinson et al., "FSL", NeuroImage 2012), which keeps 170 mm.
+    """
+    part = bounding_box(inside)[2]
+    if field_of_view_mm is None or (lowest := part.stop - round(field_of_view_mm / slice_mm)) <= part.start:
+        return inside, 0.0
+    kept = inside.copy()
+    kept[:, :, :lowest] = False
+    return kept, float((lowest - part.start) * slice_mm)
 
 
 def compute_stack_grid(
