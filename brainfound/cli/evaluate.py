@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ from brainfound.cli.terminal import (
     score_with_interval,
     with_interval,
 )
+
+if TYPE_CHECKING:
+    from brainfound.inference.probing import ProbedEmbeddings
 
 
 def evaluate(
@@ -133,42 +136,65 @@ def _input(result: dict[str, Any]) -> str:
 
 
 def probe(
-    model: Annotated[str, typer.Argument(help="A run, its export folder, or the Hub id of an encoder.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Runs, exports, or folders or Hub ids of encoders or plain ViTs."),
+    ],
     data: Annotated[Path, typer.Option(help="The store.")],
     label: Annotated[str | None, typer.Option(help="A column of the store (age_years, diagnosis, …).")] = None,
     site: Annotated[str, typer.Option(help="The column of the site or scanner.")] = "site",
     slices: Annotated[int, typer.Option(min=1, help="Evenly spaced slices of each session.")] = 32,
     cache: Annotated[Path | None, typer.Option(help="A folder for embeddings, reused by further probes.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of folds and bootstrap.")] = 0,
+    floor: Annotated[bool, typer.Option("--floor", help="Also probe the first model with new weights.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Probe frozen embeddings for a label and the site, with linear models cross-validated by subject.
 
-    A column that cannot be probed, such as a single site, is left out with a note.
+    A plain ViT that was never trained here is probed with the preprocessing of the store. Several models stand in one
+    table, on the same folds. A column that cannot be probed, such as a single site, is left out with a note.
 
     Where subjects have two sessions, also test-retest reliability (ICC), and how often the nearest other session
     belongs to the same subject.
     """
-    from brainfound.inference.probing import probe as run
+    from brainfound.inference.probing import probe_models
     from brainfound.metrics.statistics import CONFIDENCE, NUM_RESAMPLES
 
     with progress_bar("embedding sessions", quiet) as progress:
-        result = run(
-            model,
+        results = probe_models(
+            models,
             data,
             label,
             site=site,
             num_slices=slices,
             seed=seed,
             cache=cache,
+            floor=floor,
             progress=progress,
             notify=print_note,
         )
-    content = result.to_dict()
     if as_json:
-        print(json.dumps(content, indent=1))
+        contents = {name: result.to_dict() for name, result in results.items()}
+        print(json.dumps(contents if len(contents) > 1 else next(iter(contents.values())), indent=1))
         return
+    rows, intervals = [], []
+    for name, result in results.items():
+        own_rows, own_intervals = _probe_rows(result)
+        rows += [[name, *row] if len(results) > 1 else row for row in own_rows]
+        intervals += own_intervals
+    columns = ["target", "score", "value", "chance level", "sessions"]
+    if len(results) > 1:
+        print_table(["model", *columns], rows, title=data.name)
+    else:
+        print_table(columns, rows, title=next(iter(results)))
+    if line := describe_intervals(intervals, CONFIDENCE, NUM_RESAMPLES):
+        print(line)
+
+
+def _probe_rows(result: ProbedEmbeddings) -> tuple[list[list[str]], list[dict[str, Any]]]:
+    """Rows of the table, and the intervals in them."""
+    content = result.to_dict()
     rows, intervals = [], []
     if scores := content.get("probed"):
         metrics = {"label": scores["label_metric"], "site": "balanced_accuracy"}
@@ -186,6 +212,4 @@ def probe(
             ["the subject", "nearest session", found, chance, sessions],
             ["test and retest", "median ICC", format_number(result.retest.median_icc), format_number(0.0), sessions],
         ]
-    print_table(["target", "score", "value", "chance level", "sessions"], rows, title=str(model))
-    if line := describe_intervals(intervals, CONFIDENCE, NUM_RESAMPLES):
-        print(line)
+    return rows, intervals

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import Hooks, Quiet, parse_list, print_note, print_table, progress_bar, require_folder
+from brainfound.cli.terminal import (
+    Hooks,
+    Quiet,
+    parse_counts,
+    parse_list,
+    print_note,
+    print_table,
+    progress_bar,
+    require_folder,
+)
 from brainfound.errors import EXIT_FAILED, EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
@@ -56,9 +65,19 @@ def predict(
 
 
 def embed(
-    model: Annotated[str, typer.Argument(help="A run, its export folder, or the Hub id of an encoder.")],
+    model: Annotated[
+        str, typer.Argument(help="A run, its export folder, or the folder or Hub id of an encoder or ViT.")
+    ],
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="Folder for the embeddings.")],
+    slices: Annotated[bool, typer.Option("--slices", help="Also write the embedding of each slice.")] = False,
+    patches: Annotated[bool, typer.Option("--patches", help="Also write the patch tokens of each slice.")] = False,
+    layers: Annotated[
+        str | None, typer.Option(help="Also write the patch tokens after these blocks, such as 3,6,9,12.")
+    ] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="A plain ViT: the store or model whose preprocessing its scans get.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Predict again what exists.")] = False,
     strict: Strict = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
@@ -67,12 +86,24 @@ def embed(
 ) -> None:
     """Embed one session or a whole cohort: one vector (.npy) and a JSON each. Exit codes are those of predict.
 
-    A classification or regression model gives the volume embedding that its head reads.
+    A classification or regression model gives the volume embedding that its head reads. A plain ViT gives the mean CLS
+    token. Tokens go into one file (.npz) per session.
     """
     _require_new(inputs, out, ".json", overwrite)
-    from brainfound.inference.loading import load
+    numbers = parse_counts("--layers", layers) if layers is not None else []
+    if None in numbers:
+        raise UsageError("not a block", where="--layers", got="all", expected="numbers such as 3,6,9,12")
+    from brainfound.data.preprocessing.settings import Preprocessing
+    from brainfound.inference.loading import bundle_folder, load_encoder
+    from brainfound.inference.tokens import TokenOptions
 
-    predictor = load(model, device, hook or ()).as_encoder().as_strict(strict)
+    preprocessing = None if like is None else Preprocessing.load(bundle_folder(like))
+    predictor = load_encoder(model, preprocessing, device, hook or ())
+    if preprocessing is not None and predictor.preprocessing != preprocessing:
+        remedy = "Leave --like out: the model carries its preprocessing"
+        raise UsageError("the model was trained with another preprocessing", where="--like", got=like, remedy=remedy)
+    tokens = TokenOptions(slices, patches, tuple(number for number in numbers if number is not None))
+    predictor = predictor.as_encoder(tokens).as_strict(strict)
     _predict_inputs(predictor, inputs, out, False, overwrite, quiet)
 
 

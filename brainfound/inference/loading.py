@@ -21,6 +21,7 @@ from brainfound.inference.prediction import Prediction
 from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.inference.segmentation import SegmentationOptions
 from brainfound.models import BrainFoundModel
+from brainfound.models.loading import is_brainfound, load_initial_model
 from brainfound.models.model_folder import is_hub_id, reading_model
 from brainfound.models.stack_prediction import unwrap_peft
 from brainfound.training.run_folder import is_run_folder
@@ -112,6 +113,56 @@ def load(
     folder = local_folder(source)
     contract = InputContract.load_or_none(folder)
     return Predictor(model, Preprocessing.load(folder), None, None, device, tools, options=options, contract=contract)
+
+
+def load_encoder(
+    path_or_id: str | Path,
+    preprocessing: Preprocessing | None,
+    device: str | torch.device | None = None,
+    hooks: Iterable[str | Path] = (),
+) -> Predictor:
+    """Load what `load` does as an encoder, or a plain ViT (a folder or a Hub id), untrained by BrainFound.
+
+    A plain ViT states no preprocessing: it gets ``preprocessing`` and its contrasts. Its slice embedding is the CLS
+    token, and its volume embedding the mean over slices. Other models keep their own preprocessing.
+
+    Raises:
+        ModelError: as `load`; a plain ViT without a ``preprocessing``, or whose patches do not tile its slices.
+        UsageError: a segmentation, which makes no volume embedding; hooks as in `load`.
+    """
+    if not _is_plain_vit(path_or_id):
+        return load(path_or_id, device, hooks).as_encoder()
+    if preprocessing is None:
+        raise ModelError(
+            "this is a plain ViT, not a BrainFound model: it states no preprocessing",
+            where=path_or_id,
+            remedy="Give --like and a store or a model with the preprocessing",
+            usage=True,
+        )
+    tools = load_hooks(hooks)
+    model = load_initial_model(BrainFoundModel, str(path_or_id), preprocessing.contrasts)
+    if any(length % model.encoder.patch_size for length in preprocessing.size):
+        rows, columns = preprocessing.size
+        raise ModelError(
+            "the patches of the model do not tile the slices",
+            where=path_or_id,
+            got=f"{rows} × {columns} pixels",
+            expected=f"multiples of {model.encoder.patch_size}",
+            remedy="Prepare the data with another size: --set size=[ROWS,COLUMNS]",
+            usage=True,
+        )
+    return Predictor(model, preprocessing, None, None, device, tools)
+
+
+def _is_plain_vit(path_or_id: str | Path) -> bool:
+    """Whether a source is a model of transformers that is not one of BrainFound."""
+    path = Path(path_or_id)
+    if path.exists():
+        is_ours = any((path / name).exists() for name in ("export", "bundle.json", "store.json")) or is_run_folder(path)
+        return not is_ours and (path / "config.json").is_file() and not is_brainfound(path)
+    if not is_hub_id(str(path_or_id)) or (bundle_folder(path_or_id) / "bundle.json").is_file():
+        return False
+    return not is_brainfound(path_or_id)
 
 
 def bundle_folder(path_or_id: str | Path) -> Path:

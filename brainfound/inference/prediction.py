@@ -63,6 +63,7 @@ class Prediction:
         probabilities: for a segmentation, on request, the probability of each label by its code (where there are
             several) or of each region by its name.
         embedding: for an encoder, the volume embedding ``(D,)``.
+        tokens: for an encoder, on request, arrays by name; see `brainfound.inference.tokens.session_tokens`.
         contrasts, missing: contrasts that were read, and contrasts of the model that were absent.
         notes: remarks on the scans; ✗ what is unfit for the model, ! what needs a look.
         rejected: scans of the session that cannot be used, with the reason.
@@ -85,6 +86,7 @@ class Prediction:
     rejected: tuple[str, ...] = field(default=())
     masks: dict[str, nib.Nifti1Image] = field(default_factory=dict)
     probabilities: dict[str, nib.Nifti1Image] = field(default_factory=dict)
+    tokens: dict[str, np.ndarray] = field(default_factory=dict)
     input_level: Level | None = None
     name: str = ""
     model_hash: str = ""
@@ -108,8 +110,8 @@ class Prediction:
         }
 
     def without_images(self) -> Prediction:
-        """The same prediction without images."""
-        return replace(self, image=None, probability=None, masks={}, probabilities={})
+        """The same prediction without images and tokens."""
+        return replace(self, image=None, probability=None, masks={}, probabilities={}, tokens={})
 
     def save(
         self, folder: str | Path, name: str | None = None, *, probabilities: bool = False, overwrite: bool = False
@@ -118,8 +120,9 @@ class Prediction:
 
         ``NAME_dseg.nii.gz`` holds label codes; where labels overlap, ``NAME_label-REGION_mask.nii.gz`` each region.
         With ``probabilities`` also ``NAME_probability.nii.gz``, and ``NAME_label-LABEL_probability.nii.gz`` of each
-        code or region in `probabilities`. An embedding is ``NAME_embedding.npy``. The default NAME is that of the
-        first file, or the subject and session. UsageError: it is there already, and ``overwrite`` is False.
+        code or region in `probabilities`. An embedding is ``NAME_embedding.npy``, tokens are ``NAME_tokens.npz``.
+        The default NAME is that of the first file, or the subject and session. UsageError: it is there already, and
+        ``overwrite`` is False.
         """
         folder = Path(folder)
         name = name or self.name or file_stem(self.subject, self.session) or "prediction"
@@ -137,6 +140,11 @@ class Prediction:
         if self.embedding is not None:
             written.append(folder / f"{name}_embedding.npy")
             np.save(written[-1], self.embedding)
+        if self.tokens:
+            written.append(folder / f"{name}_tokens.npz")
+            arrays: dict[str, Any] = self.tokens
+            with writing(written[-1]) as temporary:
+                np.savez(temporary, **arrays)
         written.append(folder / f"{name}.json")
         settings = self.settings | {"probabilities": probabilities and self.probability is not None}
         write_json(self.to_dict() | {"settings": settings}, written[-1])

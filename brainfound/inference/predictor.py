@@ -40,7 +40,8 @@ from brainfound.finetuning.tasks import AnswerCalibration, Segmentation, Task, V
 from brainfound.inference.explanation import Explanation, choose_methods, explain_stack
 from brainfound.inference.prediction import Prediction
 from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields
-from brainfound.models.stack_prediction import infer
+from brainfound.inference.tokens import TokenOptions, session_tokens
+from brainfound.models.stack_prediction import infer, unwrap_peft
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Predictor:
         self.hooks, self.contract, self.withheld = tuple(hooks), contract, tuple(withheld)
         self.calibration, self.strict = calibration or AnswerCalibration(), strict
         self.options = self._validated(options)
+        self.tokens = TokenOptions()
 
     def _validated(self, options: SegmentationOptions) -> SegmentationOptions:
         if options != SegmentationOptions() and not self.per_voxel:
@@ -110,8 +112,11 @@ class Predictor:
         options.augmentation(self.target)  # labels whose sides cannot be exchanged are refused here
         return options
 
-    def as_encoder(self) -> Predictor:
-        """The same model without its head: its answer is the volume embedding. Not for a segmentation."""
+    def as_encoder(self, tokens: TokenOptions = TokenOptions()) -> Predictor:
+        """The same model without its head: its answer is the volume embedding, and tokens on request.
+
+        UsageError: a segmentation, or a block that the model does not have.
+        """
         if self.per_voxel:
             raise UsageError(
                 "a segmentation model makes no volume embedding",
@@ -120,6 +125,8 @@ class Predictor:
             )
         encoder = copy.copy(self)
         encoder.target, encoder.calibration = None, AnswerCalibration()
+        tokens.require_layers(unwrap_peft(self.model).encoder.num_layers)
+        encoder.tokens = tokens
         return encoder
 
     def with_options(self, options: SegmentationOptions) -> Predictor:
@@ -330,6 +337,8 @@ class Predictor:
         """What a prediction depends on besides scans and weights, as plain values."""
         options = asdict(self.options) if self.per_voxel else {}
         options.pop("class_probabilities", None)  # adds files; the answer is the same
+        if self.tokens:
+            options["tokens"] = asdict(self.tokens) | {"layers": list(self.tokens.layers)}
         return {"task": self.task, "num_slices": self.num_slices, "hooks": [h.name for h in self.hooks], **options}
 
     def explanation_settings(
@@ -365,7 +374,11 @@ class Predictor:
         }
         if target is None:
             assert answer.embedding is not None
-            return Prediction(answer={"dimensions": len(answer.embedding)}, embedding=answer.embedding, **common)
+            tokens = session_tokens(self.model, stack, self.num_slices, self.tokens) if self.tokens else {}
+            content: dict[str, Any] = {"dimensions": len(answer.embedding)}
+            if tokens:
+                content["tokens"] = {name: list(values.shape) for name, values in tokens.items()}
+            return Prediction(answer=content, embedding=answer.embedding, tokens=tokens, **common)
         if isinstance(target, VolumeTask):
             return Prediction(
                 answer=target.format_answer(answer) | target.calibrate(self.calibration, answer), **common

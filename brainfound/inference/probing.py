@@ -5,14 +5,16 @@ Axis legend: N sessions, D width.
 
 from __future__ import annotations
 
+import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from brainfound.data.splits.dividing import label_text
 from brainfound.data.store import Store
@@ -21,11 +23,14 @@ from brainfound.errors import TrainingError, UsageError
 from brainfound.files import nan_as_none
 from brainfound.finetuning.embedding_cache import EmbeddingCache
 from brainfound.inference.evaluation import require_same_preprocessing
-from brainfound.inference.loading import load
+from brainfound.inference.loading import load_encoder
+from brainfound.inference.predictor import Predictor
 from brainfound.metrics.embedding_probes import SiteProbe, TestRetest, site_probe, test_retest, validate_probe_columns
 from brainfound.models.stack_prediction import unwrap_peft
 
 DEFAULT_SITE = "site"
+NEW_WEIGHTS = "new weights"
+"""The name of the floor: the first model with new weights."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ def probe(
     A column with a single class, or with a class of a single subject, is left out with a note.
 
     Args:
-        model: an encoder, or a fine-tuned classification or regression model, whose encoder is probed.
+        model: an encoder, a plain ViT (a Hub id or a folder, with the preprocessing of the store), or a fine-tuned
+            classification or regression model, whose encoder is probed.
         data: a store, prepared like the training data.
         label: a column of the store; None: only test-retest.
         site: the column of the site or scanner.
@@ -103,27 +109,85 @@ def probe(
         UsageError: no such column, or nothing can be probed.
         ModelError: there is no such model. TrainingError: non-finite embeddings.
     """
+    options: dict[str, Any] = {"site": site, "num_slices": num_slices, "seed": seed, "cache": cache}
+    return probe_models([model], data, label, **options, progress=progress, notify=notify)[str(model)]
+
+
+def probe_models(
+    models: Sequence[str | Path],
+    data: str | Path | Store,
+    label: str | None = None,
+    *,
+    site: str = DEFAULT_SITE,
+    num_slices: int = 32,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    floor: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> dict[str, ProbedEmbeddings]:
+    """Probe several models on the same sessions and folds; see `probe`. All are read before anything is embedded.
+
+    Args:
+        floor: also probe the first model with new weights, as `NEW_WEIGHTS`: what the architecture gives by itself.
+    """
     store = data if isinstance(data, Store) else Store.open(data)
     notify = notify or (lambda note: None)
     first = _plan(store, label, site)  # before the model is read
     for note in first.notes:
         notify(note)
-    predictor = load(model).as_encoder()
-    require_same_preprocessing(predictor, store)
-    store = restrict_contrasts(store, predictor.input_contrasts)
-    plan = _plan(store, label, site)
-    for note in plan.notes:
-        if note not in first.notes:  # another reason, among the sessions with a contrast of the model
-            notify(note)
+    encoders: dict[str, tuple[Any, Store, _Plan]] = {}
+    for model in dict.fromkeys(map(str, models)):
+        predictor = load_encoder(model, store.preprocessing)
+        require_same_preprocessing(predictor, store)
+        own = restrict_contrasts(store, predictor.input_contrasts)
+        plan = _plan(own, label, site)
+        for note in plan.notes:
+            if note not in first.notes:  # another reason, among the sessions with a contrast of the model
+                notify(note)
+        encoders[model] = _encoder(predictor), own, plan
+    if floor:
+        encoder, own, plan = next(iter(encoders.values()))
+        encoders[NEW_WEIGHTS] = _with_new_weights(encoder, seed), own, plan
+    return {
+        name: _probe_encoder(name, encoder, own, plan, label, site, num_slices, seed, cache, progress)
+        for name, (encoder, own, plan) in encoders.items()
+    }
+
+
+def _encoder(predictor: Predictor) -> Any:
+    inner = unwrap_peft(predictor.model)
+    return getattr(inner, "brainfound", inner)
+
+
+def _with_new_weights(encoder: Any, seed: int) -> Any:
+    device = next(encoder.parameters()).device
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return type(encoder)(copy.deepcopy(encoder.config)).to(device).eval()
+
+
+def _probe_encoder(
+    name: str,
+    encoder: Any,
+    store: Store,
+    plan: _Plan,
+    label: str | None,
+    site: str,
+    num_slices: int,
+    seed: int,
+    cache: str | Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> ProbedEmbeddings:
+    """Embed the sessions of a plan and probe them."""
     sessions = plan.sessions.tolist()
     with ExitStack() as stack:
         folder = cache if cache is not None else stack.enter_context(tempfile.TemporaryDirectory())
-        encoder = unwrap_peft(predictor.model)
-        embedding_cache = EmbeddingCache(getattr(encoder, "brainfound", encoder), store, folder, num_slices)
+        embedding_cache = EmbeddingCache(encoder, store, folder, num_slices)
         embedding_cache.ensure_embedded(sessions, progress)
         embeddings = dict(zip(sessions, embedding_cache.mean_embeddings(sessions), strict=True))
     if not np.isfinite(list(embeddings.values())).all():
-        raise TrainingError("the model gives embeddings that are not finite", where=model, remedy="Give another model")
+        raise TrainingError("the model gives embeddings that are not finite", where=name, remedy="Give another model")
 
     def rows(indices: np.ndarray) -> np.ndarray:
         return np.stack([embeddings[int(i)] for i in indices]).astype(np.float64)

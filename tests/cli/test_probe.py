@@ -101,7 +101,7 @@ def test_what_cannot_be_requested_is_one_line(cli, classifier, small_store, argu
 
 
 def test_what_answers_no_request_is_refused_before_the_model_is_read(cli, classifier, small_store, monkeypatch):
-    monkeypatch.setattr("brainfound.inference.probing.load", None)
+    monkeypatch.setattr("brainfound.inference.probing.load_encoder", None)
     monkeypatch.setattr(
         "brainfound.data.store.Store.covariate", lambda self, name: self.sessions["sex"].str[:0] + "one"
     )
