@@ -37,7 +37,9 @@ Inputs = Annotated[
 
 
 def predict(
-    model: Annotated[str, typer.Argument(help="A fine-tuning run, its export folder, or a bundle.")],
+    model: Annotated[
+        str, typer.Argument(help="A fine-tuning run, its export, a bundle, or runs over folds and seeds.")
+    ],
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="Folder for the answers.")],
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write probability maps.")] = False,

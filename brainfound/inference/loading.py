@@ -17,6 +17,7 @@ from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError, UsageError
 from brainfound.finetuning.tasks import TASKS, AnswerCalibration, Task, from_dict
+from brainfound.inference.ensemble import EnsemblePredictor, Members, find_members
 from brainfound.inference.prediction import Prediction
 from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.inference.segmentation import SegmentationOptions
@@ -24,7 +25,7 @@ from brainfound.models import BrainFoundModel
 from brainfound.models.loading import is_brainfound, load_initial_model
 from brainfound.models.model_folder import is_hub_id, reading_model
 from brainfound.models.stack_prediction import unwrap_peft
-from brainfound.training.run_folder import is_run_folder
+from brainfound.training.run_folder import EXPORT_FOLDER, is_run_folder
 
 
 class PredictorSet(NamedSet[Predictor]):
@@ -73,7 +74,8 @@ def load(
     """Load a bundle (the ``export`` of a fine-tuning run) or an encoder (the ``export`` of a pretraining run).
 
     Args:
-        path_or_id: a run folder, its export folder, or a Hub id. Several bundles that were trained on one backbone,
+        path_or_id: a run folder, its export folder, or a Hub id. The folder of an experiment over folds and seeds
+            gives their mean, an `EnsemblePredictor`. Several bundles that were trained on one backbone,
             by name, give a `PredictorSet`: ``load({"age": "runs/age", "tumour": "runs/tumour"})``.
         device: None: the first GPU, else the CPU.
         hooks: tools to run on each scan first (``"synthstrip"``, …), see `brainfound.data.hooks.load_hooks`.
@@ -90,6 +92,8 @@ def load(
     path = bundle_folder(path_or_id)
     if (path / "bundle.json").is_file():
         return make_predictor(load_bundle(path), device, tools, options)
+    if (members := find_members(path)) is not None:
+        return _load_ensemble(members, device, tools, options)
     if is_run_folder(path):
         raise ModelError(
             "the run has no export: it has not finished",
@@ -189,6 +193,17 @@ def _load_set(
             )
         predictors |= segmenting
     return PredictorSet(predictors)
+
+
+def _load_ensemble(
+    members: Members, device: torch.device, tools: Sequence[Hook], options: SegmentationOptions
+) -> EnsemblePredictor:
+    bundles = {name: load_bundle(folder / EXPORT_FOLDER) for name, folder in members.folders.items()}
+    if all(bundle.content["weights"] != "full" for bundle in bundles.values()):
+        shared = load_adapters(bundles).to(device)
+        bundles = {name: shared[name] for name in shared}
+    predictors = {name: make_predictor(bundle, device, tools, options) for name, bundle in bundles.items()}
+    return EnsemblePredictor(predictors, members)
 
 
 def make_predictor(

@@ -41,7 +41,7 @@ from brainfound.inference.explanation import Explanation, choose_methods, explai
 from brainfound.inference.prediction import Prediction
 from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields
 from brainfound.inference.tokens import TokenOptions, session_tokens
-from brainfound.models.stack_prediction import infer, unwrap_peft
+from brainfound.models.stack_prediction import StackPrediction, infer, unwrap_peft
 
 
 @dataclass(frozen=True)
@@ -351,43 +351,55 @@ class Predictor:
 
     def predict_prepared(self, ready: PredictorInput) -> Prediction:
         """Predict a session that `prepare` has read."""
-        target, options = self.target, self.options
         ready = self._restrict(ready)
         stack = ready.stack
-        several = isinstance(target, Segmentation) and target.has_named_structures
-        answer = infer(
-            self.model, stack, self.num_slices, options.augmentation(target), options.class_probabilities and several
-        )
+        several = isinstance(self.target, Segmentation) and self.target.has_named_structures
+        answer = self.infer_stack(stack, self.options.class_probabilities and several)
         present = stack.present_contrasts
-        common: dict[str, Any] = {
-            "task": self.task,
-            "contrasts": present,
-            "missing": tuple(c for c in self.input_contrasts if c not in present),
-            "subject": stack.subject,
-            "session": stack.session,
-            "notes": ready.notes,
-            "rejected": ready.rejected,
-            "input_level": ready.level,
-            "name": ready.name,
-            "model_hash": self.model_hash,
-            "settings": self.prediction_settings,
-        }
+        fields = self._build_fields(stack, answer)
+        return Prediction(
+            task=self.task,
+            contrasts=present,
+            missing=tuple(c for c in self.input_contrasts if c not in present),
+            subject=stack.subject,
+            session=stack.session,
+            notes=(*ready.notes, *self._notes_on_answer()),
+            rejected=ready.rejected,
+            input_level=ready.level,
+            name=ready.name,
+            model_hash=self.model_hash,
+            settings=self.prediction_settings,
+            **fields,
+        )
+
+    def infer_stack(self, stack: Stack, class_probabilities: bool = False) -> StackPrediction:
+        """The model's output for a stack, before it is put in words or on the grid of the scan."""
+        augmentation = self.options.augmentation(self.target)
+        return infer(self.model, stack, self.num_slices, augmentation, class_probabilities)
+
+    def _build_fields(self, stack: Stack, answer: StackPrediction) -> dict[str, Any]:
+        """The fields of a `Prediction` that hold the answer."""
+        target = self.target
         if target is None:
             assert answer.embedding is not None
             tokens = session_tokens(self.model, stack, self.num_slices, self.tokens) if self.tokens else {}
             content: dict[str, Any] = {"dimensions": len(answer.embedding)}
             if tokens:
                 content["tokens"] = {name: list(values.shape) for name, values in tokens.items()}
-            return Prediction(answer=content, embedding=answer.embedding, tokens=tokens, **common)
+            return {"answer": content, "embedding": answer.embedding, "tokens": tokens}
         if isinstance(target, VolumeTask):
-            return Prediction(
-                answer=target.format_answer(answer) | target.calibrate(self.calibration, answer), **common
-            )
+            return {"answer": target.format_answer(answer) | target.calibrate(self.calibration, answer)}
         assert isinstance(target, Segmentation)
-        if options.flips and sum(name.startswith("label ") for name in target.names) > 1:
-            note = "averaged with mirrored slices: wrong for codes without a name that stand for one side"
-            common["notes"] = (*ready.notes, note)
-        return Prediction(**build_segmentation_fields(stack, answer, target, options), **common)
+        return build_segmentation_fields(stack, answer, target, self.options)
+
+    def _notes_on_answer(self) -> list[str]:
+        target = self.target
+        # A regression without an interval: its validation part was too small for the confidence.
+        notes = [f"no {line}" for line in self.calibration.left_out if line.startswith("interval")]
+        codes = target.names if isinstance(target, Segmentation) else ()
+        if self.options.flips and sum(name.startswith("label ") for name in codes) > 1:
+            notes.append("averaged with mirrored slices: wrong for codes without a name that stand for one side")
+        return notes
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -195,18 +195,53 @@ def conformal_interval(target: Any, prediction: Any, std: Any = None, *, confide
     Source: J. Lei et al., "Distribution-Free Predictive Inference for Regression", JASA 2018, algorithm 2, and section
     5.2 for the normalised form.
     """
-    if not 0 < confidence < 1:
-        raise UsageError("not a share", where="confidence", got=confidence, expected="between 0 and 1")
     truth, answers = _pair(target, prediction)
     distances = np.abs(truth - answers)
     if std is not None:
         distances = distances / _positive(std, answers)
-    # The slack undoes the rounding of products such as 10 · 0.9, which would require one more case.
-    rank = max(1, math.ceil((len(truth) + 1) * confidence - 1e-9))
-    if rank > len(truth):
-        expected = f"{math.ceil(confidence / (1 - confidence) - 1e-9)} or more"
-        raise UsageError(f"an interval of {100 * confidence:g} % needs more cases", got=len(truth), expected=expected)
+    rank = _conformal_rank(len(truth), confidence)
     return ConformalInterval(float(np.sort(distances)[rank - 1]), confidence, std is not None)
+
+
+def cv_plus_interval(residuals: Any, predictions: Any, *, confidence: float = 0.9) -> tuple[float, float]:
+    """CV+: the prediction interval of one new case, from the models of a cross-validation.
+
+    Args:
+        residuals: ``(n,)`` absolute errors of calibration cases, each of the model whose fold left that case out. Give
+            one case per subject.
+        predictions: ``(n,)`` for each calibration case, the answer of that same model for the new case.
+        confidence: 1 − α, the usual coverage. What theorem 4 proves for any distribution is less, 1 − 2α minus a term
+            that vanishes with the size of the folds.
+
+    Returns:
+        The ends: the ⌊α(n + 1)⌋-th smallest of prediction − residual and the ⌈(1 − α)(n + 1)⌉-th smallest of
+        prediction + residual.
+
+    Raises:
+        UsageError: the confidence is outside of 0–1, a residual is negative, the lengths differ, or there are too few
+            cases.
+
+    Source: R. F. Barber, E. J. Candès, A. Ramdas and R. J. Tibshirani, "Predictive inference with the jackknife+", Ann
+    Stat 2021, section 3.
+    """
+    answers, distances = _pair(predictions, residuals)
+    if distances.min() < 0:
+        raise UsageError("a residual is negative", where="residuals", got=distances.min(), expected="absolute errors")
+    rank = _conformal_rank(len(distances), confidence)
+    low, high = np.sort(answers - distances)[len(distances) - rank], np.sort(answers + distances)[rank - 1]
+    return float(low), float(high)
+
+
+def _conformal_rank(num_cases: int, confidence: float) -> int:
+    """⌈(n + 1) · confidence⌉, the rank of the error that bounds a new one; UsageError if there are fewer cases."""
+    if not 0 < confidence < 1:
+        raise UsageError("not a share", where="confidence", got=confidence, expected="between 0 and 1")
+    # The slack undoes the rounding of products such as 10 · 0.9, which would require one more case.
+    rank = max(1, math.ceil((num_cases + 1) * confidence - 1e-9))
+    if rank > num_cases:
+        expected = f"{math.ceil(confidence / (1 - confidence) - 1e-9)} or more"
+        raise UsageError(f"an interval of {100 * confidence:g} % needs more cases", got=num_cases, expected=expected)
+    return rank
 
 
 def coverage(target: Any, low: Any, high: Any) -> float:

@@ -15,6 +15,7 @@ from brainfound.metrics.calibration import (
     brier_score,
     conformal_interval,
     coverage,
+    cv_plus_interval,
     expected_calibration_error,
     fit_bias_correction,
     fit_temperature,
@@ -208,3 +209,36 @@ def test_what_cannot_be_used_is_one_line(call, said):
     with pytest.raises(UsageError, match=said) as refused:
         call()
     assert "\n" not in str(refused.value)
+
+
+def test_cv_plus_by_hand():
+    # α = 0.4 of four cases: the 2nd smallest lower end and the 3rd smallest upper end.
+    low, high = cv_plus_interval([1, 2, 3, 4], [10, 20, 10, 20], confidence=0.6)
+    assert (low, high) == (9, 22)  # lower ends 9, 18, 7, 16; upper ends 11, 22, 13, 24
+    one_model = conformal_interval([1, 2, 3, 4], [0, 0, 0, 0], confidence=0.6)
+    low, high = cv_plus_interval([1, 2, 3, 4], [5, 5, 5, 5], confidence=0.6)
+    assert (low, high) == (5 - one_model.half_width, 5 + one_model.half_width)
+
+
+@pytest.mark.parametrize(
+    ("residuals", "confidence", "message"),
+    [([1, 2, 3], 0.9, "needs more cases"), ([1, -2, 3], 0.5, "negative"), ([1, 2, 3], 1.0, "not a share")],
+)
+def test_what_cv_plus_refuses(residuals, confidence, message):
+    with pytest.raises(UsageError, match=message):
+        cv_plus_interval(residuals, [0.0, 0.0, 0.0], confidence=confidence)
+
+
+def test_cv_plus_covers_new_cases_of_a_least_squares_fit():
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(400):
+        features, noise = rng.normal(size=(41, 3)), rng.normal(size=41)
+        target = features @ [1.0, -2.0, 0.5] + noise
+        fold = np.arange(40) % 5
+        models = [np.linalg.lstsq(features[:40][fold != k], target[:40][fold != k], rcond=None)[0] for k in range(5)]
+        coefficients = np.stack(models)[fold]
+        residuals = np.abs(target[:40] - (features[:40] * coefficients).sum(axis=1))
+        low, high = cv_plus_interval(residuals, coefficients @ features[40], confidence=0.9)
+        covered.append(low <= target[40] <= high)
+    assert 0.86 <= np.mean(covered) <= 0.97
