@@ -14,7 +14,9 @@ NUM_PERMUTATIONS = 5000
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, of one run or of many (folds, seeds).")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of finished runs (one, or many folds and seeds) or of evaluate --out.")
+    ],
     all_pairs: Annotated[
         bool, typer.Option("--all-pairs", help="Compare all pairs; default: all with the first.")
     ] = False,

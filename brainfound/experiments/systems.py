@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from brainfound.errors import UsageError, mistaken_for
-from brainfound.experiments.folder import RUNS_FILE
+from brainfound.experiments.folder import RUNS_FILE, SUMMARY_FILE, ExperimentFolder
 from brainfound.finetuning.scoring import CASES_FILE, FROZEN_CASES_FILE, SUBJECT_ROW, read_cases
 from brainfound.metrics.cases import list_table_metrics
 from brainfound.training.run_folder import FACTS_FILE, read_facts
@@ -142,7 +142,7 @@ class ComparedRuns:
 
 
 def read_compared_runs(folders: Sequence[Path], *, frozen: bool = False) -> ComparedRuns:
-    """Read the runs of several folders.
+    """Read the runs, and the evaluations (``evaluate --out``), of several folders.
 
     Runs on one store are matched by the rows of their sessions; runs on several stores by names, which they must have
     recorded (``--keep-ids``).
@@ -181,7 +181,7 @@ def _find_systems(folder: Path) -> dict[str, list[list[Path]]]:
     """Name → for each seed the runs of all folds."""
     if (folder / RUNS_FILE).is_file():
         return _read_experiment_systems(folder)
-    if (folder / CASES_FILE).is_file() and (folder / FACTS_FILE).is_file():
+    if (folder / CASES_FILE).is_file() and ((folder / FACTS_FILE).is_file() or (folder / SUMMARY_FILE).is_file()):
         return {str(folder): [[folder]]}
     seeds = sorted(path.parent for path in folder.glob(f"seed-*/{CASES_FILE}"))
     if not seeds:
@@ -213,6 +213,11 @@ def _read_experiment_systems(folder: Path) -> dict[str, list[list[Path]]]:
 
 
 def _read_facts(run: Path) -> dict[str, Any]:
+    """Data hash and target of a run, or of the folder of an evaluation."""
+    if (run / SUMMARY_FILE).is_file():
+        summary = ExperimentFolder.read(run).summary
+        target = {"task": summary["task"], "column": summary["target"]}
+        return {"data_hash": summary["data"]["data_hash"], "target": target}
     facts = read_facts(run, "data_hash")
     if facts.get("kind") != "finetune":
         remedy = "Give a folder that finetune wrote"

@@ -47,6 +47,7 @@ from brainfound.finetuning.frozen_baseline import (
 )
 from brainfound.finetuning.scoring import SessionScores, score_sessions
 from brainfound.finetuning.tasks import ScoringRecipe, TargetColumn, Task
+from brainfound.inference.ensemble import EnsemblePredictor
 from brainfound.inference.loading import bundle_folder, load, make_predictor
 from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.metrics.cases import compute_headline_score
@@ -195,6 +196,13 @@ def evaluate(
     bundle = load_bundle(folder) if (folder / "bundle.json").is_file() else None
     predictor = load(model) if bundle is None else make_predictor(bundle, resolve_device(None))
     target = predictor.target
+    if isinstance(predictor, EnsemblePredictor):
+        example = next(iter(predictor.members.folders.values()))
+        raise UsageError(
+            "the mean over folds and seeds is not scored here",
+            where=model,
+            remedy=f"Evaluate one of its runs, such as {example}",
+        )
     if bundle is None or target is None:
         raise ModelError("an encoder has no answers to score", where=model, remedy="Fine-tune it first", usage=True)
     scoring = _scoring(bundle, target, surface_mm, empty)

@@ -250,3 +250,14 @@ def test_a_comparison_of_few_subjects_has_no_intervals_and_says_why(cli, tmp_pat
     found = as_json(cli("compare", *runs, "--json", quiet=False))["scores"]
     assert {row[end] for row in found for end in ("low", "high", "difference_low", "difference_high")} == {None}
     assert found[1]["p"] is not None
+
+
+def test_the_folder_of_an_evaluation_is_compared_like_a_run(cli, classifier, small_store, tmp_path):
+    out = tmp_path / "evaluated"
+    assert cli("evaluate", classifier, "--data", small_store.path, "--out", out).code == 0
+    found = as_json(cli("compare", classifier, out, "--json", "--metrics", "auroc", quiet=False))["scores"]
+    assert [row["system"] for row in found] == [str(classifier), str(out)]
+    assert found[1]["difference"] == 0
+    summary = json.loads((out / "summary.json").read_text())
+    (out / "summary.json").write_text(json.dumps(summary | {"target": "sex"}))
+    assert "another target than" in cli("compare", classifier, out, quiet=False).line

@@ -14,6 +14,7 @@ from brainfound.errors import ModelError, UsageError
 from brainfound.experiments.runs import finetune_folds, make_folds
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.inference.ensemble import EnsemblePredictor, Members, find_members
+from brainfound.inference.evaluation import evaluate
 from brainfound.inference.loading import load
 from brainfound.metrics.calibration import cv_plus_interval
 from brainfound.recipes import validate
@@ -63,7 +64,7 @@ def test_the_mean_has_the_spread_and_the_interval_of_the_out_of_fold_errors(fold
     assert answer["interval"] == expected
 
 
-def test_copies_of_one_run_answer_as_that_run(folder, small_store, segmenter):
+def test_copies_of_one_run_answer_as_that_run(folder, small_store):
     alone = load(folder / "fold-1" / "seed-0")
     members = find_members(folder)
     copies = {name: alone for name in members.folders}
@@ -98,7 +99,7 @@ def test_masks_are_decided_from_averaged_probabilities(segmenter, small_store, m
     np.testing.assert_allclose(output.foreground_probability, 0.6, rtol=1e-6)
 
 
-def test_what_a_mean_refuses(folder, run, tmp_path):
+def test_what_a_mean_refuses(folder, run, small_store, tmp_path):
     mean, other = load(folder), load(run)
     with pytest.raises(ModelError, match="another task than a"):
         EnsemblePredictor({"a": mean.predictors["fold-1/seed-0"], "b": other}, mean.members)
@@ -106,6 +107,8 @@ def test_what_a_mean_refuses(folder, run, tmp_path):
         mean.as_encoder()
     with pytest.raises(UsageError, match="cannot be explained"):
         mean.explanation_settings()
+    with pytest.raises(UsageError, match="not scored here.*seed-0"):
+        evaluate(folder, small_store)
     shutil.copytree(folder, tmp_path / "cv")
     content = json.loads((tmp_path / "cv" / "summary.json").read_text())
     (tmp_path / "cv" / "summary.json").write_text(json.dumps(content | {"num_planned": 9}))
@@ -122,3 +125,9 @@ def test_groups_and_systems_are_named_and_a_subfolder_is_taken(folder, small_sto
         load(copy)
     one_fold = brainfound.load(copy / "fold-2")
     assert one_fold.predict_stack(small_store[0]).answer["spread"]["num_members"] == 2
+
+
+def test_the_interval_of_a_run_is_in_its_answer_or_its_absence_in_the_notes(folder, small_store):
+    prediction = load(folder / "fold-1" / "seed-0").predict_stack(small_store[0])
+    has_interval = "interval" in prediction.answer
+    assert has_interval != any(note.startswith("no interval: ") for note in prediction.notes)
