@@ -102,13 +102,14 @@ def _score_table(experiment: ExperimentFolder) -> str:
     several = any("system" in row for row in rows)
     spread = experiment.kind != "evaluation"
     header = [*(["system"] if several else []), "runs on", "score", "mean" if spread else "value"]
-    header += ["± folds", "± seeds", "range"] if spread else []
+    header += ["± folds", "± seeds", "range"] if spread else ["95% interval"]
     header += [*experiment.baselines, "learnt from", "tested on"] if spread else [*experiment.baselines, "sessions"]
     lines = []
     for row in rows:
         values = ["mean", *(["std_folds", "std_seeds"] if spread else [])]
         line = [*([str(row["system"])] if several else []), row["group"], row["score"], *_cells(row, *values)]
-        line += [_interval(row["score"], row["lowest"], row["highest"])] if spread else []
+        ends = (row["lowest"], row["highest"]) if spread else _ends(row)
+        line += [_interval(row["score"], *ends)]
         line += _cells(row, *experiment.baselines)
         line += [_count(row["num_train"])] if spread else []
         lines.append([*line, _count(row["num_test"])])
@@ -116,7 +117,18 @@ def _score_table(experiment: ExperimentFolder) -> str:
     words = [f"{name}: {METRICS[name].better} is better." for name in names]
     if spread:
         words.append("Sessions are means over runs.")
+    elif found := [row["interval"] for row in rows if "interval" in row]:
+        words.append("Intervals are bootstraps over subjects.")
+        if missing := [own["num_subjects"] for own in found if own["low"] is None]:
+            words.append(f"–: {explain_missing_interval(min(missing))}.")
     return format_table(header, lines) + "\n\n" + " ".join(words)
+
+
+def _ends(row: Mapping[str, Any]) -> tuple[float, float]:
+    """The interval of a score of an evaluation; nan where it has none."""
+    own = row.get("interval") or {"low": None, "high": None}
+    low, high = (math.nan if own[end] is None else own[end] for end in ("low", "high"))
+    return low, high
 
 
 def _partial_table(experiment: ExperimentFolder) -> str:

@@ -172,7 +172,8 @@ class EnsemblePredictor(Predictor):
         if outputs[0].value is not None:
             value = float(weights @ np.array([output.value for output in outputs]))
         if outputs[0].probabilities is not None:
-            probabilities = weights @ np.stack([output.probabilities for output in outputs])
+            shares = [output.probabilities for output in outputs if output.probabilities is not None]
+            probabilities = weights @ np.stack(shares)
         return MeanPrediction(
             value=value, probabilities=probabilities, slices=outputs[0].slices, members=tuple(outputs)
         )

@@ -38,7 +38,7 @@ from brainfound.experiments.folder import (
 )
 from brainfound.experiments.page import write_experiment_page
 from brainfound.experiments.systems import non_empty_subsets, short_name
-from brainfound.files import require_json
+from brainfound.files import nan_as_none, require_json
 from brainfound.finetuning.frozen_baseline import (
     NoFrozenBaselineError,
     load_frozen_baseline,
@@ -106,6 +106,10 @@ def write_evaluation(
         "baselines": get_score_columns(table)[1],
         "scores": to_json_records(summarise_runs(table[:1])),
     }
+    intervals = results[0].with_intervals().intervals or {}
+    for row in content["scores"]:
+        if (own := intervals.get(row["score"])) is not None:
+            row["interval"] = nan_as_none({"low": own.low, "high": own.high}) | {"num_subjects": own.num_subjects}
     if notes := list(dict.fromkeys(line for result in results for line in result.notes)):
         content["notes"] = notes
     if len(results) > 1:

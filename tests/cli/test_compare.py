@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from brainfound.experiments.page import write_experiment_page
 from brainfound.finetuning.scoring import SessionScores, write_scores
 from brainfound.metrics import mae
 from brainfound.metrics.comparison import compare
@@ -259,5 +260,13 @@ def test_the_folder_of_an_evaluation_is_compared_like_a_run(cli, classifier, sma
     assert [row["system"] for row in found] == [str(classifier), str(out)]
     assert found[1]["difference"] == 0
     summary = json.loads((out / "summary.json").read_text())
+    page = (out / "report.md").read_text()
+    assert "| 95% interval |" in page
+    assert "–: no 95% interval of 3 subjects: it needs 10 or more." in page
+    scores = [row | {"interval": {"low": 0.41, "high": 0.93, "num_subjects": 12}} for row in summary["scores"]]
+    (out / "summary.json").write_text(json.dumps(summary | {"scores": scores}))
+    page = write_experiment_page(out).read_text()
+    assert "0.410 to 0.930" in page
+    assert "no 95% interval" not in page
     (out / "summary.json").write_text(json.dumps(summary | {"target": "sex"}))
     assert "another target than" in cli("compare", classifier, out, quiet=False).line
