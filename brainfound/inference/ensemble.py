@@ -23,6 +23,7 @@ from brainfound.finetuning.tasks import AnswerCalibration, Regression, Regressio
 from brainfound.inference.explanation import Explanation
 from brainfound.inference.predictor import Predictor, PredictorInput
 from brainfound.inference.segmentation import build_segmentation_fields
+from brainfound.inference.tokens import TokenOptions
 from brainfound.metrics.calibration import cv_plus_interval
 from brainfound.models.stack_prediction import StackPrediction, infer
 from brainfound.training.run_folder import read_saved_recipe
@@ -126,7 +127,7 @@ class EnsemblePredictor(Predictor):
             recipe = read_saved_recipe(members.folders[first_name])
             self._confidence = float(_task_section(recipe)["interval_confidence"])
 
-    def as_encoder(self) -> NoReturn:
+    def as_encoder(self, tokens: TokenOptions = TokenOptions()) -> NoReturn:
         """Refused: the embeddings of different models have no common axes."""
         self._refuse("embedded")
 
