@@ -220,7 +220,9 @@ STATISTICS: dict[str, tuple[str, ...]] = {
 AGGREGATORS: dict[str, Callable[[PreTrainedConfig], Aggregator]] = {
     "mean": lambda config: MeanAggregator(),
     "max": lambda config: MaxAggregator(),
-    **dict.fromkeys(STATISTICS, lambda config: StatisticsAggregator(STATISTICS[config.aggregator])),
+    "mean_std": lambda config: StatisticsAggregator(STATISTICS["mean_std"]),
+    "mean_max": lambda config: StatisticsAggregator(STATISTICS["mean_max"]),
+    "mean_std_max": lambda config: StatisticsAggregator(STATISTICS["mean_std_max"]),
     "attention": lambda config: AttentionAggregator(config.embedding_size, config.aggregator_width),
     "transformer": lambda config: TransformerAggregator(config.embedding_size, config.aggregator_layers),
 }
