@@ -1,6 +1,7 @@
 """``brainfound finetune auto``, and what the other verbs make of its run."""
 
 import json
+import re
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_the_winner_is_named(cli, small_store, tiny_backbone, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         (["--minutes", "0"], "no time.*--minutes|--minutes.*no time"),
         (["--minutes", "nan"], "no time"),
@@ -49,13 +50,11 @@ def test_the_winner_is_named(cli, small_store, tiny_backbone, tmp_path):
         (["--model", "other"], "one model"),
     ],
 )
-def test_wrong_options_are_one_line(cli, small_store, tiny_backbone, tmp_path, options, said):
+def test_wrong_options_are_one_line(cli, small_store, tiny_backbone, tmp_path, options, expected):
     place = ["--data", small_store.path, "--model", tiny_backbone, "--out", tmp_path / "run"]
     answer = cli("finetune", "auto", *place, "--target", "age_years", *options)
     assert answer.code == 2
-    import re
-
-    assert re.search(said, answer.line), answer.line
+    assert re.search(expected, answer.line), answer.line
 
 
 def test_a_mask_and_a_time_limit_without_auto_are_one_line(cli, small_store, tiny_backbone, tmp_path):
