@@ -74,18 +74,18 @@ def test_other_tokens_are_another_answer(cli, small_store, source, tiny_backbone
 )
 def test_what_a_plain_vit_cannot_do_is_one_line(cli, small_store, source, tiny_backbone, tmp_path, more, words):
     more = [word.format(store=small_store.path) for word in more]
-    said = cli("embed", tiny_backbone, source / "s00_T1w.nii.gz", "--out", tmp_path / "out", *more)
-    assert said.code == 2
-    assert all(word in said.err for word in words), said.err
+    answer = cli("embed", tiny_backbone, source / "s00_T1w.nii.gz", "--out", tmp_path / "out", *more)
+    assert answer.code == 2
+    assert all(word in answer.err for word in words), answer.err
     assert not (tmp_path / "out").exists()
 
 
 def test_another_preprocessing_than_the_models_is_refused(cli, classifier, small_store, source, tmp_path):
     small_store.preprocessing.model_copy(update={"bits": 16}).save(tmp_path)
     scan = source / "s00_T1w.nii.gz"
-    said = cli("embed", classifier, scan, "--out", tmp_path / "out", "--like", tmp_path)
-    assert said.code == 2
-    assert "Leave --like out" in said.err
+    answer = cli("embed", classifier, scan, "--out", tmp_path / "out", "--like", tmp_path)
+    assert answer.code == 2
+    assert "Leave --like out" in answer.err
     assert cli("embed", classifier, scan, "--out", tmp_path / "out", "--like", small_store.path, "--slices").code == 0
     assert np.load(tmp_path / "out" / "s00_T1w_tokens.npz")["slice_embeddings"].shape[1] == 32
 
@@ -101,9 +101,9 @@ def test_a_plain_vit_is_probed_as_the_encoder_that_it_becomes(small_store, tiny_
 
 def test_models_stand_in_one_table_with_new_weights_as_floor(cli, classifier, small_store, tiny_backbone):
     arguments = ("probe", tiny_backbone, classifier, "--data", small_store.path, "--label", "diagnosis", "--slices", 2)
-    said = cli(*arguments, "--floor")
-    assert said.code == 0, said.err
-    assert NEW_WEIGHTS in said.out
+    answer = cli(*arguments, "--floor")
+    assert answer.code == 0, answer.err
+    assert NEW_WEIGHTS in answer.out
     found = json.loads(cli(*arguments, "--floor", "--json").out)
     assert list(found) == [str(tiny_backbone), str(classifier), NEW_WEIGHTS]
     floor = {seed: _floor(small_store, tiny_backbone, seed) for seed in (0, 1)}
@@ -117,9 +117,9 @@ def _floor(store, model, seed):
 
 def test_every_model_is_read_before_one_is_embedded(cli, small_store, tiny_backbone, monkeypatch, tmp_path):
     monkeypatch.setattr("brainfound.inference.probing.EmbeddingCache", None)
-    said = cli("probe", tiny_backbone, tmp_path / "none", "--data", small_store.path, "--label", "age_years")
-    assert said.code == 2
-    assert "no such" in said.err
+    answer = cli("probe", tiny_backbone, tmp_path / "none", "--data", small_store.path, "--label", "age_years")
+    assert answer.code == 2
+    assert "no such" in answer.err
 
 
 def test_patches_that_do_not_tile_the_slices_are_refused_first(cli, small_store, tmp_path, monkeypatch):
@@ -129,19 +129,19 @@ def test_patches_that_do_not_tile_the_slices_are_refused_first(cli, small_store,
         tmp_path / "vit"
     )
     monkeypatch.setattr("brainfound.inference.probing.EmbeddingCache", None)
-    said = cli("probe", tmp_path / "vit", "--data", small_store.path, "--label", "age_years")
-    assert said.code == 2
-    assert "32 × 32 pixels" in said.err
-    assert "multiples of 14" in said.err
+    answer = cli("probe", tmp_path / "vit", "--data", small_store.path, "--label", "age_years")
+    assert answer.code == 2
+    assert "32 × 32 pixels" in answer.err
+    assert "multiples of 14" in answer.err
 
 
 def test_one_site_gives_the_probe_of_the_label(cli, small_store, tiny_backbone, monkeypatch):
     monkeypatch.setattr("brainfound.data.store.Store.open", lambda path: small_store)
     monkeypatch.setitem(small_store.sessions, "site", ["Oslo"] * 12)
-    said = cli("probe", tiny_backbone, "--data", small_store.path, "--label", "age_years", "--slices", 2)
-    assert said.code == 0, said.err
-    assert "site is not probed" in said.line
-    assert "age_years" in said.out
+    answer = cli("probe", tiny_backbone, "--data", small_store.path, "--label", "age_years", "--slices", 2)
+    assert answer.code == 0, answer.err
+    assert "site is not probed" in answer.line
+    assert "age_years" in answer.out
 
 
 def test_a_cohort_is_embedded_as_its_store(cli, small_store, source, tiny_backbone, tmp_path):
