@@ -23,6 +23,6 @@ def test_one_rank_prints_the_export(monkeypatch, capsys, is_main):
     monkeypatch.setattr("brainfound.finetuning.scoring.read_scores", lambda folder: {"verdict": {"text": "verdict"}})
     monkeypatch.setattr("brainfound.cli.finetune.scores_line", lambda scores: "scores")
     pretrain("recipe")
-    finetune("recipe", Path("store"), ["model"], "target")
+    finetune("finetune-regression", Path("store"), ["model"], "target")
     expected = f"{Path('runs/a/export')}\nscores\nverdict\n{Path('runs/b/export')}\n"
     assert capsys.readouterr().out == (expected if is_main else "")

@@ -67,7 +67,7 @@ def test_a_missing_interval_has_its_reason():
         "intervals": {"confidence": 0.9, "num_resamples": 2000, "scores": {"mae": ends}},
     }
     assert scores_line(result) == "regression, 2 sessions: mae 3.250 (trivial –)"
-    assert intervals_line([result]) == "no 90% interval of 1 subject: it needs 5 or more"
+    assert intervals_line([result]) == "no 90% interval of 1 subject: it needs 10 or more"
     ends |= {"num_subjects": 8}
     more = result | {
         "intervals": result["intervals"] | {"scores": {"mae": {"low": 1.0, "high": 2.0, "num_subjects": 7}}}
