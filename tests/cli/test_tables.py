@@ -68,11 +68,11 @@ def test_a_missing_interval_has_its_reason():
     }
     assert scores_line(result) == "regression, 2 sessions: mae 3.250 (trivial –)"
     assert intervals_line([result]) == "no 90% interval of 1 subject: it needs 10 or more"
-    ends |= {"num_subjects": 8}
+    ends |= {"num_subjects": 12}
     more = result | {
-        "intervals": result["intervals"] | {"scores": {"mae": {"low": 1.0, "high": 2.0, "num_subjects": 7}}}
+        "intervals": result["intervals"] | {"scores": {"mae": {"low": 1.0, "high": 2.0, "num_subjects": 11}}}
     }
     assert intervals_line([result, more]) == (
-        "[…]: 90% interval, bootstrap over 7 subjects, 2000 resamples; fewer than 20 are too few to trust it; "
+        "[…]: 90% interval, bootstrap over 11 subjects, 2000 resamples; fewer than 20 are too few to trust it; "
         "no interval where many resamples leave the score undefined"
     )
