@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A fine-tuning run, or a bundle.")],
+    model: Annotated[Path, typer.Argument(help="A fine-tuning run, a bundle, or an experiment.")],
     data: Annotated[Path, typer.Option(help="The store.")],
     without: Annotated[str, typer.Option(help="Contrasts to withhold, comma-separated.")] = "",
     partial_input: Annotated[bool, typer.Option("--partial-input", help="Score each subset of the contrasts.")] = False,
@@ -54,7 +54,7 @@ def evaluate(
     """Score a fine-tuned model, with a trivial baseline and a linear model on the frozen backbone.
 
     On the store of its own run, the test part is scored; on another store, all labelled sessions except those of
-    training subjects.
+    training subjects. An experiment over folds and seeds answers with the mean of its runs.
     """
     from brainfound.contrasts import parse_contrast
     from brainfound.experiments.folder import PAGE_FILE

@@ -38,6 +38,8 @@ PAGE_FILE, FIGURE_FILE = "report.md", "report.png"
 Kind = Literal["repeated", "comparison", "partial input", "evaluation"]
 TRIVIAL = "trivial"
 """The baseline that never reads an image; every score file has it."""
+VERDICT = "verdict"
+"""The column of scores.tsv with the verdict of each run, see `brainfound.finetuning.verdict`."""
 GROUP_COLUMNS = ("system", "group")
 """Runs that agree in these columns are summarised together; a table may lack the columns."""
 

@@ -8,7 +8,7 @@ are absent, and otherwise one point per run; baselines are grey lines.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from brainfound.experiments.folder import COMPARISON_FILE, FIGURE_FILE, PAGE_FILE, TRIVIAL, ExperimentFolder
+from brainfound.experiments.folder import COMPARISON_FILE, FIGURE_FILE, PAGE_FILE, TRIVIAL, VERDICT, ExperimentFolder
 from brainfound.files import write_atomically
 from brainfound.metrics.registry import METRICS, format_score, metric_name
 from brainfound.metrics.statistics import explain_missing_interval
@@ -45,6 +45,7 @@ def write_experiment_page(folder: str | Path) -> Path:
     parts = [
         f"# {summary['target']}: {_describe_experiment(summary)}",
         _question(summary),
+        " ".join(_verdict(experiment)),
         "## Scores\n\n" + (_partial_table if summary.get("partial_input") else _score_table)(experiment),
         "" if picture is None else f"![scores in a picture]({picture.name})",
         _comparison_section(compared),
@@ -245,7 +246,6 @@ def _cautions(experiment: ExperimentFolder, compared: pd.DataFrame) -> list[str]
     tested = min(row["num_test"] for row in rows)
     if tested < _FEW_SESSIONS:
         lines.append(f"Tested on {_count(tested)} sessions at a time: a few answers move the score.")
-    lines += _list_not_better_than_trivial(experiment, rows)
     lines += summary.get("notes", ())
     if summary["kind"] == "evaluation":
         return [*lines, "One model, one set of sessions: how much another training would differ is unknown."]
@@ -272,17 +272,34 @@ def _cautions(experiment: ExperimentFolder, compared: pd.DataFrame) -> list[str]
     return lines
 
 
-def _list_not_better_than_trivial(experiment: ExperimentFolder, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A caution that names the systems that do not beat the trivial baseline."""
-    worse = []
-    for row in rows:
-        if row["score"] != experiment.headline or row["mean"] is None or row.get(TRIVIAL) is None:
-            continue
-        if METRICS[experiment.headline].drop(row[TRIVIAL], row["mean"]) >= 0:
-            absence = {"test": " (absent in the test)", "training": " (absent in training)"}
-            name = f"{row['contrasts']}{absence.get(row['absence'], '')}" if "contrasts" in row else row["group"]
-            worse.append(f"{row['system']}, {name}" if "system" in row else name)
-    return [f"Not better than the trivial baseline: {'; '.join(worse)}."] if worse else []
+def _verdict(experiment: ExperimentFolder) -> list[str]:
+    """Sentences on which baselines the mean scores beat, and on the verdicts of single runs."""
+    rows = experiment.summary.get("partial_input") or experiment.summary["scores"]
+    rows = [row for row in rows if row["score"] == experiment.headline and row["mean"] is not None]
+    several, sentences = len(rows) > 1, []
+    for baseline in experiment.baselines:
+        names = [_name(row) for row in rows if row.get(baseline) is not None and _is_as_good(row, baseline)]
+        if names:
+            which = f": {'; '.join(names)}" if several else ""
+            sentences.append(f"**Not better than the {baseline} baseline{which}.**")
+        elif any(row.get(baseline) is not None for row in rows):
+            sentences.append(f"Better than the {baseline} baseline{' in every row' if several else ''}, on average.")
+    if VERDICT in experiment.table:
+        counts = experiment.table[VERDICT].value_counts()
+        found = ", ".join(f"{label} in {count}" for label, count in counts.items())
+        sentences.append(f"Verdict of each run (`scores.json`), of {counts.sum()}: {found}.")
+    return sentences
+
+
+def _is_as_good(row: Mapping[str, Any], baseline: str) -> bool:
+    return METRICS[row["score"]].drop(row[baseline], row["mean"]) >= 0
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """A row of the scores in words: its system, and its group or contrasts."""
+    absence = {"test": " (absent in the test)", "training": " (absent in training)"}
+    name = f"{row['contrasts']}{absence.get(row['absence'], '')}" if "contrasts" in row else row["group"]
+    return f"{row['system']}, {name}" if "system" in row else str(name)
 
 
 def _command_section(summary: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from brainfound.experiments.folder import (
     RUNS_FILE,
     SCHEMA,
     SUMMARY_FILE,
+    VERDICT,
     Kind,
     compute_mean_sizes,
     compute_spread,
@@ -136,6 +137,7 @@ def make_score_row(
         "task": content["task"],
         "num_train": parts["train"]["num_sessions"],
         "num_test": content["num_sessions"],
+        VERDICT: content["verdict"]["label"],
         **make_score_columns(content),
     }
 

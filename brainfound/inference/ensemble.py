@@ -168,15 +168,19 @@ class EnsemblePredictor(Predictor):
             outputs.append(output)
         if total is not None:
             return self._decide(total, tuple(outputs), class_probabilities)
+        return self.mean(outputs)
+
+    def mean(self, answers: Sequence[StackPrediction]) -> MeanPrediction:
+        """The mean of one answer per member, in their order: of numbers, or of probabilities of classes."""
         weights = np.array([self._weight(name) for name in self.predictors])
         value, probabilities = None, None
-        if outputs[0].value is not None:
-            value = float(weights @ np.array([output.value for output in outputs]))
-        if outputs[0].probabilities is not None:
-            shares = [output.probabilities for output in outputs if output.probabilities is not None]
+        if answers[0].value is not None:
+            value = float(weights @ np.array([answer.value for answer in answers]))
+        if answers[0].probabilities is not None:
+            shares = [answer.probabilities for answer in answers if answer.probabilities is not None]
             probabilities = weights @ np.stack(shares)
         return MeanPrediction(
-            value=value, probabilities=probabilities, slices=outputs[0].slices, members=tuple(outputs)
+            value=value, probabilities=probabilities, slices=answers[0].slices, members=tuple(answers)
         )
 
     def _weight(self, name: str) -> float:

@@ -12,14 +12,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from brainfound.adapters.bundle_reader import Bundle, load_bundle
+from brainfound.adapters.bundle_reader import Bundle
+from brainfound.data.batches import remove_contrasts
 from brainfound.data.checking.contract import InputContract, missing_contrast_note
+from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.splits.split_file import PARTS
 from brainfound.data.splits.training_history import TrainingHistory, image_in_training, is_in_parts, seen_in_training
 from brainfound.data.store import Store
@@ -39,19 +42,15 @@ from brainfound.experiments.folder import (
 from brainfound.experiments.page import write_experiment_page
 from brainfound.experiments.systems import non_empty_subsets, short_name
 from brainfound.files import nan_as_none, require_json
-from brainfound.finetuning.frozen_baseline import (
-    NoFrozenBaselineError,
-    load_frozen_baseline,
-    score_frozen_baseline,
-    scoring_from_bundle,
-)
-from brainfound.finetuning.scoring import SessionScores, score_sessions
-from brainfound.finetuning.tasks import ScoringRecipe, TargetColumn, Task
+from brainfound.finetuning.frozen_baseline import NoFrozenBaselineError, load_frozen_baseline, scoring_from_bundle
+from brainfound.finetuning.scoring import SessionScores, score_predictions
+from brainfound.finetuning.tasks import ScoringRecipe, TargetColumn, Task, from_dict
 from brainfound.inference.ensemble import EnsemblePredictor
-from brainfound.inference.loading import bundle_folder, load, make_predictor
-from brainfound.inference.predictor import Predictor, resolve_device
+from brainfound.inference.loading import load_with_bundles
+from brainfound.inference.predictor import Predictor
 from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.registry import METRICS, PRIMARY_METRIC, EmptyCase
+from brainfound.models.stack_prediction import StackPrediction
 from brainfound.recipes import validate
 
 _KIND = "evaluation"
@@ -166,7 +165,8 @@ def evaluate(
     """Score a fine-tuned model.
 
     Args:
-        model: a run folder or a bundle; both know their split.
+        model: a run folder or a bundle, which know their split, or an experiment over folds and seeds, whose mean is
+            scored on the sessions that no run was trained on.
         data: a store. On the store of the run, the sessions of ``part``; on any other, all labelled sessions except
             those of training subjects and those with an image of such a subject under another name.
         without: contrasts to withhold; not with ``partial_input``.
@@ -196,45 +196,42 @@ def evaluate(
     if out is not None:
         require_writable(Path(out))
     store = data if isinstance(data, Store) else Store.open(data)
-    folder = bundle_folder(model)
-    bundle = load_bundle(folder) if (folder / "bundle.json").is_file() else None
-    predictor = load(model) if bundle is None else make_predictor(bundle, resolve_device(None))
+    predictor, bundles = load_with_bundles(model)
     target = predictor.target
-    if isinstance(predictor, EnsemblePredictor):
-        example = next(iter(predictor.members.folders.values()))
-        raise UsageError(
-            "the mean over folds and seeds is not scored here",
-            where=model,
-            remedy=f"Evaluate one of its runs, such as {example}",
-        )
-    if bundle is None or target is None:
+    if not bundles or target is None:
         raise ModelError("an encoder has no answers to score", where=model, remedy="Fine-tune it first", usage=True)
-    scoring = _scoring(bundle, target, surface_mm, empty)
+    scoring = _scoring(bundles[0], target, surface_mm, empty)
     require_same_preprocessing(predictor, store)
     store = restrict_contrasts(store, predictor.input_contrasts)
     # A bundle that was not made by a run has no split.
-    split, labelled = bundle.metadata.get("split"), TargetColumn.find(store, target.column).labelled
+    splits = [split for bundle in bundles if (split := bundle.metadata.get("split")) is not None]
+    labelled = TargetColumn.find(store, target.column).labelled
     labelled = labelled[store.present[labelled].any(axis=1)]  # all, unless the model reads only some contrasts
-    sessions = _select_sessions(split, store, labelled, part)
+    sessions = _select_sessions(splits, store, labelled, part)
     if not sessions:
+        members = len(bundles) > 1
         raise UsageError(
             "no labelled session of the store may be scored",
             where=store.path,
-            got="only subjects that the model was trained on",
-            remedy="Give the store of the run, or a cohort of other subjects",
+            got=f"only subjects that {'a member' if members else 'the model'} was trained on",
+            remedy="Give a cohort of other subjects; scores of each fold are in the experiment's report.md"
+            if members
+            else "Give the store of the run, or a cohort of other subjects",
         )
-    candidates = _select_sessions(split, store, np.flatnonzero(store.present.any(axis=1)), part)
+    candidates = _select_sessions(splits, store, np.flatnonzero(store.present.any(axis=1)), part)
     missing = len(candidates) - len(sessions)
     general = [f"{missing} of {len(candidates)} sessions have no {target.column}: not scored"] if missing else []
-    if part == "test" and (seen := int(TrainingHistory.load(folder).seen(store, sessions).sum())):
+    seen = np.any([TrainingHistory.load(bundle.folder).seen(store, sessions) for bundle in bundles], axis=0).sum()
+    if part == "test" and seen:
         what = "by name or image, of subjects in the training data of the model that the fine-tuning started from"
         general.append(f"{seen} of {len(sessions)} sessions are, {what}")
-    if split is not None and split["data_hash"] != store.content_hash:
-        general += _notes_on_left_out(split, store, labelled)
+    own = any(split["data_hash"] == store.content_hash for split in splits)
+    if splits and not own:
+        general += _notes_on_left_out(splits, store, labelled)
     baseline = None
     if frozen:
         try:
-            baseline = load_frozen_baseline(bundle, target, predictor.device, base)
+            baseline = _load_baseline(predictor, bundles, target, base)
         except NoFrozenBaselineError as error:
             if base is not None:
                 raise
@@ -244,18 +241,17 @@ def evaluate(
         choices = [tuple(c for c in store.shown if c not in subset) for subset in non_empty_subsets(store.shown)]
     results = []
     for absent in choices:
-        scored = score_sessions(
-            predictor.model, store, sessions, target, predictor.num_slices, absent, progress, scoring=scoring
-        )
+        answer = partial(_answer, predictor, without=absent)
+        scored = score_predictions(answer, store, sessions, target, absent, progress, scoring)
         notes = (*general, *scored.notes, *_absence_notes(predictor.contract, store, scored))
         frozen_scores = None
         if baseline is not None:
-            frozen_scores = score_frozen_baseline(baseline, store, sessions, absent, progress, scoring).scores
+            linear = partial(baseline, without=absent)
+            frozen_scores = score_predictions(linear, store, sessions, target, absent, progress, scoring).scores
         results.append(replace(scored, notes=notes, frozen=frozen_scores))
     if out is not None:
-        own = split is not None and split["data_hash"] == store.content_hash
         on = f"the {part} part of its own store" if own else "another store, without the subjects of its fine-tuning"
-        if split is None:
+        if not splits:
             on = "all labelled sessions of a store"
         write_evaluation(Path(out), results, store, target.column, short_name(model), on, command)
     return results
@@ -282,18 +278,40 @@ def require_same_preprocessing(predictor: Predictor, store: Store) -> None:
         )
 
 
-def _select_sessions(split: dict[str, Any] | None, store: Store, labelled: np.ndarray, part: str) -> list[int]:
-    if split is None:
-        return labelled.tolist()
-    if split["data_hash"] == store.content_hash:
-        return labelled[is_in_parts(split, store, labelled.tolist(), part)].tolist()
-    return labelled[~seen_in_training(split, store, labelled.tolist())].tolist()
+def _answer(predictor: Predictor, session: int, stack: Stack, without: Sequence[str]) -> StackPrediction:
+    return predictor.infer_stack(remove_contrasts(stack, without) if without else stack)
 
 
-def _notes_on_left_out(split: dict[str, Any], store: Store, labelled: np.ndarray) -> list[str]:
+def _load_baseline(
+    predictor: Predictor, bundles: Sequence[Bundle], task: Task, base: str | Path | None
+) -> Callable[..., StackPrediction]:
+    """The frozen baseline of a bundle, or the mean of those of an experiment: (session, stack, without) → answer."""
+    if not isinstance(predictor, EnsemblePredictor):
+        return load_frozen_baseline(bundles[0], task, predictor.device, base).answer
+    if task.per_voxel:
+        what, remedy = "linear masks of several folds have no mean", "Evaluate one run for its frozen baseline"
+        raise NoFrozenBaselineError(what, remedy=remedy)
+    # A member's own task: the scale of a regression differs between folds.
+    tasks = [from_dict(bundle.labels) for bundle in bundles]
+    each = [load_frozen_baseline(b, own, predictor.device, base) for b, own in zip(bundles, tasks, strict=True)]
+    return lambda session, stack, without: predictor.mean([b.answer(session, stack, without) for b in each])
+
+
+def _select_sessions(splits: Sequence[dict[str, Any]], store: Store, labelled: np.ndarray, part: str) -> list[int]:
+    """The sessions that every member of a model may be scored on."""
+    for split in splits:
+        if split["data_hash"] == store.content_hash:
+            labelled = labelled[is_in_parts(split, store, labelled.tolist(), part)]
+        else:
+            labelled = labelled[~seen_in_training(split, store, labelled.tolist())]
+    return labelled.tolist()
+
+
+def _notes_on_left_out(splits: Sequence[dict[str, Any]], store: Store, labelled: np.ndarray) -> list[str]:
     """A note on the sessions of another store whose subjects the fine-tuning saw."""
     sessions = labelled.tolist()
-    num_seen, by_image = int(seen_in_training(split, store, sessions).sum()), image_in_training(split, store, sessions)
+    num_seen = int(np.any([seen_in_training(split, store, sessions) for split in splits], axis=0).sum())
+    by_image = np.any([image_in_training(split, store, sessions) for split in splits], axis=0)
     if not num_seen:
         return []
     note = f"{num_seen} of {len(sessions)} labelled sessions are left out: their subjects are in the fine-tuning"

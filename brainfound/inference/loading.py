@@ -17,7 +17,7 @@ from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError, UsageError
 from brainfound.finetuning.tasks import TASKS, AnswerCalibration, Task, from_dict
-from brainfound.inference.ensemble import EnsemblePredictor, Members, find_members
+from brainfound.inference.ensemble import EnsemblePredictor, find_members
 from brainfound.inference.prediction import Prediction
 from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.inference.segmentation import SegmentationOptions
@@ -90,10 +90,9 @@ def load(
     if isinstance(path_or_id, Mapping):
         return _load_set(path_or_id, device, tools, options)
     path = bundle_folder(path_or_id)
-    if (path / "bundle.json").is_file():
-        return make_predictor(load_bundle(path), device, tools, options)
-    if (members := find_members(path)) is not None:
-        return _load_ensemble(members, device, tools, options)
+    predictor, _ = _load_bundles(path, device, tools, options)
+    if predictor is not None:
+        return predictor
     if is_run_folder(path):
         raise ModelError(
             "the run has no export: it has not finished",
@@ -195,15 +194,30 @@ def _load_set(
     return PredictorSet(predictors)
 
 
-def _load_ensemble(
-    members: Members, device: torch.device, tools: Sequence[Hook], options: SegmentationOptions
-) -> EnsemblePredictor:
+def load_with_bundles(
+    path_or_id: str | Path, device: str | torch.device | None = None
+) -> tuple[Predictor, list[Bundle]]:
+    """What `load` gives, and the bundle that it is made of: several for an experiment, none for an encoder."""
+    device = resolve_device(device)
+    predictor, bundles = _load_bundles(bundle_folder(path_or_id), device, (), SegmentationOptions())
+    return predictor or load(path_or_id, device), bundles
+
+
+def _load_bundles(
+    path: Path, device: torch.device, tools: Sequence[Hook], options: SegmentationOptions
+) -> tuple[Predictor | None, list[Bundle]]:
+    """The predictor of a bundle, or of the bundles of an experiment; None for anything else."""
+    if (path / "bundle.json").is_file():
+        bundle = load_bundle(path)
+        return make_predictor(bundle, device, tools, options), [bundle]
+    if (members := find_members(path)) is None:
+        return None, []
     bundles = {name: load_bundle(folder / EXPORT_FOLDER) for name, folder in members.folders.items()}
     if all(bundle.content["weights"] != "full" for bundle in bundles.values()):
         shared = load_adapters(bundles).to(device)
         bundles = {name: shared[name] for name in shared}
     predictors = {name: make_predictor(bundle, device, tools, options) for name, bundle in bundles.items()}
-    return EnsemblePredictor(predictors, members)
+    return EnsemblePredictor(predictors, members), list(bundles.values())
 
 
 def make_predictor(

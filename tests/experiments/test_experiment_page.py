@@ -92,6 +92,19 @@ def test_who_is_not_better_than_trivial_is_named(tmp_path):
     assert "no cases that can be compared" in page
 
 
+def test_the_verdicts_stand_above_the_scores(tmp_path):
+    table = runs().assign(verdict=["better"] * 4 + ["collapsed"] * 2)
+    page = write_experiment_page(write(tmp_path / "cv", table)).read_text()
+    top = page.split("## Scores")[0]
+    assert "Better than the trivial baseline, on average." in top  # 6.0 against 7.0 and 6.5
+    assert "Better than the frozen baseline, on average." in top
+    assert "Verdict of each run (`scores.json`), of 6: better in 4, collapsed in 2." in top
+    table["mae"] += 0.75
+    page = write_experiment_page(write(tmp_path / "cv", table)).read_text()
+    assert "Better than the trivial" in page
+    assert "**Not better than the frozen baseline.**" in page
+
+
 def test_a_cut_off_experiment_says_how_far_it_is(tmp_path):
     page = write_experiment_page(write(tmp_path / "cv", runs(seeds=(0,)), num_planned=5)).read_text()
     assert "Not finished: 3 of 5 runs are done." in page

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
+from brainfound.data.store.prepare import prepare
 from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.tasks import Segmentation
@@ -32,6 +34,24 @@ def run(small_store, tiny_backbone, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
         return finetune(validate(FinetuneRecipe, content), small_store, tiny_backbone, "diagnosis", out, quiet=True)
+
+
+@pytest.fixture(scope="session")
+def other_store(source, small_store, make_cohort, tmp_path_factory):
+    """A cohort of another place: all subjects of the first one but one, each a second time as new-…, and two others."""
+    folder = tmp_path_factory.mktemp("other")
+    table = pd.read_csv(source / "manifest.tsv", sep="\t", dtype=str).query("subject != 's00'")
+    twins = table.assign(subject="new-" + table["subject"])
+    table = pd.concat([table, twins])
+    for column in ("path", "mask"):
+        table[column] = [str(source / name) for name in table[column]]
+    make_cohort(folder / "others", num_subjects=2, seed=5)
+    others = pd.read_csv(folder / "others" / "manifest.tsv", sep="\t", dtype=str)
+    for column in ("path", "mask"):
+        others[column] = [str(folder / "others" / name) for name in others[column]]
+    table = pd.concat([table, others.assign(subject="other-" + others["subject"])])
+    table.to_csv(folder / "manifest.tsv", sep="\t", index=False)
+    return prepare(folder / "manifest.tsv", folder / "store", small_store.preprocessing)
 
 
 @pytest.fixture(scope="module")

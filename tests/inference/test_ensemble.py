@@ -10,9 +10,12 @@ import pandas as pd
 import pytest
 
 import brainfound
+from brainfound.adapters import load_bundle
 from brainfound.errors import ModelError, UsageError
 from brainfound.experiments.runs import finetune_folds, make_folds
+from brainfound.finetuning.frozen_baseline import load_frozen_baseline
 from brainfound.finetuning.recipe import FinetuneRecipe
+from brainfound.finetuning.tasks import from_dict
 from brainfound.inference.ensemble import EnsemblePredictor, Members, find_members
 from brainfound.inference.evaluation import evaluate
 from brainfound.inference.loading import load
@@ -25,7 +28,6 @@ TINY = {
     "cached_embeddings": True,
     "num_slices": 3,
     "head_fit_passes": 1,
-    "frozen_baseline": False,
     "evaluate_every": 0,
     "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
     "engine": {"steps": 2, "batch_size": 4, "precision": "no"},
@@ -107,13 +109,31 @@ def test_what_a_mean_refuses(folder, run, small_store, tmp_path):
         mean.as_encoder()
     with pytest.raises(UsageError, match="cannot be explained"):
         mean.explanation_settings()
-    with pytest.raises(UsageError, match="not scored here.*seed-0"):
+    with pytest.raises(UsageError, match="only subjects that a member was trained on.*report.md"):
         evaluate(folder, small_store)
     shutil.copytree(folder, tmp_path / "cv")
     content = json.loads((tmp_path / "cv" / "summary.json").read_text())
     (tmp_path / "cv" / "summary.json").write_text(json.dumps(content | {"num_planned": 9}))
     with pytest.raises(UsageError, match="has not finished.*6 of 9"):
         load(tmp_path / "cv")
+
+
+def test_the_mean_is_scored_on_other_subjects(folder, other_store, tmp_path):
+    """Each fold trained on other subjects: what is left is nobody's, and the frozen baseline is a mean too."""
+    (result,) = evaluate(folder, other_store, out=tmp_path / "external")
+    assert {name.split("-")[0] for name in result.cases["subject"]} == {"other"}
+    mean = load(folder)
+    for case in result.cases.itertuples():
+        assert case.prediction == pytest.approx(mean.predict_stack(other_store[case.row]).answer["value"])
+    bundles = [load_bundle(path / "export") for path in mean.members.folders.values()]
+    each = [load_frozen_baseline(bundle, from_dict(bundle.labels), mean.device) for bundle in bundles]
+    expected = [
+        abs(np.mean([b.answer(case.row, other_store[case.row]).value for b in each]) - case.truth)
+        for case in result.cases.itertuples()
+    ]
+    assert result.frozen["mae"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert "are left out: their subjects are in the fine-tuning" in " ".join(result.notes)
+    assert (tmp_path / "external" / "report.md").is_file()
 
 
 def test_groups_and_systems_are_named_and_a_subfolder_is_taken(folder, small_store, tmp_path):

@@ -23,24 +23,6 @@ def subjects(result) -> set[str]:
     return set(result.cases["subject"])
 
 
-@pytest.fixture(scope="module")
-def other_store(source, small_store, make_cohort, tmp_path_factory):
-    """A cohort of another place: all subjects of the first one but one, each a second time as new-…, and two others."""
-    folder = tmp_path_factory.mktemp("other")
-    table = pd.read_csv(source / "manifest.tsv", sep="\t", dtype=str).query("subject != 's00'")
-    twins = table.assign(subject="new-" + table["subject"])
-    table = pd.concat([table, twins])
-    for column in ("path", "mask"):
-        table[column] = [str(source / name) for name in table[column]]
-    make_cohort(folder / "others", num_subjects=2, seed=5)
-    others = pd.read_csv(folder / "others" / "manifest.tsv", sep="\t", dtype=str)
-    for column in ("path", "mask"):
-        others[column] = [str(folder / "others" / name) for name in others[column]]
-    table = pd.concat([table, others.assign(subject="other-" + others["subject"])])
-    table.to_csv(folder / "manifest.tsv", sep="\t", index=False)
-    return prepare(folder / "manifest.tsv", folder / "store", small_store.preprocessing)
-
-
 def test_the_test_part_gets_the_scores_that_the_run_wrote(run, small_store):
     (result,) = evaluate(run, small_store)
     assert subjects(result) == subjects_by_part(run)["test"]
