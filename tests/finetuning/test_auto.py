@@ -48,7 +48,7 @@ def run(store, backbone_folder, tmp_path_factory):
 
 def test_one_bundle_comes_out_with_the_table_of_what_was_tried(run, store):
     tried = pd.read_csv(run / "tried.tsv", sep="\t")
-    assert {"trivial", "average", "stack", "penalised-cls-mean", "penalised-layers-mean-std"} <= set(tried["candidate"])
+    assert {"trivial", "average", "penalised-cls-mean", "penalised-layers-mean-std"} <= set(tried["candidate"])
     assert tried["mae"].is_monotonic_increasing
     assert tried["winner"].sum() == 1
     assert (tried["folds"] == 6).all()
@@ -71,7 +71,6 @@ def answers(folder, store, sessions):
     [
         ("age_years", "average"),
         ("age_years", "penalised-layers-mean-std"),
-        ("age_years", "stack"),
         ("diagnosis", "average"),
         ("diagnosis", TRIVIAL),
     ],
@@ -82,7 +81,7 @@ def test_the_bundle_answers_as_the_winner(small_store, tiny_backbone, tmp_path, 
         changes = {"inner_folds": 2, "inner_repeats": 1, "linear": {**TINY["linear"], "pooling": ["mean"]}}
 
     def choose(judge, members):
-        chosen = {"average": members, "stack": members[:2], TRIVIAL: []}.get(winner, [winner])
+        chosen = {"average": members[:2], TRIVIAL: []}.get(winner, [winner])
         return Choice(winner, {name: 0.3 + 0.4 / len(chosen) for name in chosen}, 1.0, 0.1, 2.0)
 
     def build(own, model, features, accelerator, real=auto_run._Run.build):
@@ -172,7 +171,7 @@ def judge_of(values, task, candidates, features):
         for candidate in candidates:
             fitted = fit_candidate(candidate, features[train], values[train], subjects[train], task)
             judge.results[candidate.name].scores[0, test] = fitted.scores(features[test])
-    judge.add_mixtures(names[1:])
+    judge.add_average(names[1:])
     return judge
 
 
@@ -189,6 +188,25 @@ def test_noise_is_answered_by_the_trivial_model_and_a_signal_is_not():
             won[signal] += judge.choose([candidate.name for candidate in candidates]).name == TRIVIAL
     assert won[0] >= 5
     assert won[3] == 0
+
+
+def test_the_average_is_of_the_better_half_and_gives_way_to_a_clear_winner_only():
+    rng = np.random.default_rng(0)
+    values, task = np.arange(40.0), Regression("score", mean=20.0, std=12.0)
+    judge = judge_of(values, task, [], np.zeros((40, 3, 1, 2, 2)))
+    errors = {"bad": 9.0, "good": 1.0, "worse": 12.0, "fair": 2.0}
+    for name, error in errors.items():
+        judge.results[name] = judge.new_result(1)
+        judge.results[name].scores[0, :, 0] = (values + error * rng.normal(size=40) - task.mean) / task.std
+    judge.add_average(list(errors))
+    both = (judge.results["good"].scores + judge.results["fair"].scores) / 2
+    np.testing.assert_allclose(judge.results["average"].scores, both)
+    choice = judge.choose(list(errors))
+    assert (choice.name, choice.weights) == ("average", {"good": 0.5, "fair": 0.5})
+    for name, gain in {"trained alike": 0.0, "trained better": 0.9}.items():
+        judge.results[name] = judge.new_result(1)
+        judge.results[name].scores[0] = (1 - gain) * both[0] + gain * (values[:, None] - task.mean) / task.std
+        assert judge.choose(list(errors)).name == ("trained better" if gain else "average")
 
 
 def test_losses_are_those_of_the_metrics():
@@ -239,6 +257,43 @@ def test_a_trained_winner_is_exported_like_any_other(store, backbone_folder, tmp
     assert answers(run, store, [0])[0].value is not None
     assert not list(run.glob("candidates/*/*/export"))
     assert finetune_auto(store, backbone_folder, "age_years", run, recipe=recipe, resume=True, quiet=True) == run
+
+
+def test_a_segmentation_is_chosen_among_trained_candidates(small_store, tiny_backbone, tmp_path):
+    decoder = {**TRAINED["head"], "task": {"decoder_width": 8}}
+    trained = {
+        "linear": {**decoder, "task": {"decoder": "linear"}},
+        "fpn": decoder,
+        "long": {"engine": {"steps": 10**9}},
+    }
+    changes = {"task": {"kind": "segmentation"}, "linear": {"methods": []}, "inner_folds": 2, "trained": trained}
+    recipe = auto_recipe(**changes)
+    run = finetune_auto(small_store, tiny_backbone, "mask", tmp_path / "run", recipe=recipe, quiet=True)
+    tried = pd.read_csv(run / "tried.tsv", sep="\t").set_index("candidate")
+    assert tried["dice"].dropna().is_monotonic_decreasing
+    assert tried["folds"].to_dict() == {"linear": 2, "fpn": tried["folds"]["fpn"], "long": 0}
+    assert "are left" in tried["stopped"]["long"]
+    scores = json.loads((run / "scores.json").read_text())
+    winner = scores["auto"]["winner"]
+    folds = [pd.read_csv(run / "candidates" / winner / f"fold-{k}" / "cases.tsv", sep="\t") for k in (1, 2)]
+    cases = pd.concat(folds)
+    # Without a lesion, nothing is to be marked.
+    dice = cases["dice"].fillna(1.0 * (cases["predicted_pixels"] == 0))
+    assert cases["dice"].isna().any()
+    assert scores["auto"]["inner_score"] == pytest.approx(dice.mean())
+    assert load_bundle(run / "export").task == "segmentation"
+    assert {"frozen", "trivial", "verdict"} <= set(scores)
+
+
+def test_more_minutes_go_on_where_time_ran_out(small_store, tiny_backbone, tmp_path):
+    trained = {"head": TRAINED["head"]}
+    changes = {"task": {"kind": "segmentation"}, "linear": {"methods": []}, "inner_folds": 2, "trained": trained}
+    options = {"quiet": True, "recipe": auto_recipe(**changes)}
+    place = small_store, tiny_backbone, "mask", tmp_path / "run"
+    with pytest.raises(UsageError, match="no candidate could be judged.*--minutes and --resume"):
+        finetune_auto(*place, minutes=1e-9, **options)
+    run = finetune_auto(*place, minutes=5, resume=True, **options)
+    assert pd.read_csv(run / "tried.tsv", sep="\t")["stopped"].tolist() == ["finished"]
 
 
 def test_what_does_not_fit_into_the_time_is_not_begun(store, backbone_folder, tmp_path):
@@ -302,7 +357,7 @@ def test_what_cannot_be_chosen_is_refused(small_store, tiny_backbone, tmp_path):
                 small_store, tiny_backbone, target, tmp_path / "run", recipe=auto_recipe(**changes), quiet=True
             )
 
-    refused("mask", "classification and regression.*finetune-segmentation")
+    refused("mask", "classification and regression.*auto-segmentation")
     refused("age_years", "too few subjects.*at least 20", inner_folds=10)
     refused("age_years", "one number", task={"kind": "regression", "head": "bins"})
     with pytest.raises(RecipeError, match="adaptor.*did you mean|adaptor"):

@@ -1,14 +1,16 @@
 """The judge: out-of-fold scores of every candidate on the same inner folds, and the choice among them.
 
 Folds divide the subjects of the training and the validation part; the test part is not read. Candidates are compared by
-the mean over subjects of the task's `selection_metric` (absolute error, log loss), which has paired standard errors and
-no ties, unlike an AUROC of forty subjects.
+the mean over subjects of a loss that has paired standard errors and no ties, unlike an AUROC of forty subjects: the
+absolute error, the log loss, or 1 − Dice.
 
-The best of twenty candidates owes a part of its score to luck. The average of all linear candidates owes none, and is
-linear again, so it is the default. Another one takes its place only where it is better by more than one standard error
-of the paired difference. By the same margin the winner must be better than the trivial answer, or that is exported.
+The best of twenty candidates owes a part of its score to luck. The average of the better half of the linear candidates
+owes little, and is linear again, so it is the default; its own score is of halves that were chosen on the other folds.
+Without linear candidates the default is the first candidate. Another one takes its place only where it is better by
+more than one standard error of the paired difference. A winner that is not better than the trivial answer gives way to
+it, but not for a segmentation, which has none.
 
-Axis legend: n volumes, R head outputs, M candidates.
+Axis legend: n volumes, R head outputs (of a segmentation the loss alone), M candidates.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from brainfound.finetuning.auto.linear import fit_stack, losses, mean_and_error, mean_by_subject
-from brainfound.finetuning.tasks import VolumeTask
+from brainfound.finetuning.auto.linear import losses, mean_and_error, mean_by_subject
+from brainfound.finetuning.tasks import Task
 
-TRIVIAL, AVERAGE, STACK = "trivial", "average", "stack"
+TRIVIAL, AVERAGE = "trivial", "average"
 FINISHED = "finished"
 MAX_DEFICIT = 1.0
 """A trained candidate is stopped once it is worse than the best by more than this many standard errors of the paired
@@ -58,7 +60,7 @@ class Choice(NamedTuple):
 
     name: str
     weights: dict[str, float]
-    """Candidate → its weight; one candidate alone, or the members of an average or a stack."""
+    """Candidate → its weight; one candidate alone, or the members of the average."""
     score: float
     """Its mean loss over subjects, out of fold."""
     error: float
@@ -69,7 +71,7 @@ class Choice(NamedTuple):
 class Judge:
     """Inner folds, and the results of candidates on them."""
 
-    task: VolumeTask
+    task: Task
     values: np.ndarray
     groups: np.ndarray
     """A number per volume, shared by the sessions of a subject."""
@@ -94,6 +96,10 @@ class Judge:
         own = self.subject_losses(self.results[name])
         return mean_and_error(own[~np.isnan(own)]) if (~np.isnan(own)).any() else (float("nan"), float("nan"))
 
+    def score(self, loss: float) -> float:
+        """A loss in terms of the task's `selection_metric`."""
+        return 1 - loss if self.task.per_voxel else loss
+
     def is_hopeless(self, name: str) -> bool:
         """Whether a candidate is worse than the best finished one by more than `MAX_DEFICIT` standard errors."""
         own = self.subject_losses(self.results[name])
@@ -109,43 +115,46 @@ class Judge:
         """The candidates with a score for every subject."""
         return [name for name, result in self.results.items() if not np.isnan(result.scores[0]).any()]
 
-    def add_mixtures(self, members: Sequence[str]) -> None:
-        """Add the average of linear candidates, and their stack with weights fitted on the other folds."""
-        members = [name for name in members if name in self.finished()]
+    def add_average(self, linear: Sequence[str]) -> None:
+        """Add the average of the better half of the linear candidates, chosen on the folds that are not scored."""
+        members = [name for name in linear if name in self.finished()]
         if len(members) < 2:
             return
         scores = np.stack([self.results[name].scores for name in members])
-        self.results[AVERAGE] = Result(scores.mean(axis=0), folds=min(self.results[name].folds for name in members))
-        stacked = np.full(scores.shape[1:], np.nan)
+        average = Result(np.full(scores.shape[1:], np.nan), stopped=FINISHED)
+        average.folds = min(self.results[name].folds for name in members)
         for repeat, folds in enumerate(self.repeats):
             if np.isnan(scores[:, repeat]).any():
                 continue
+            own = np.stack([losses(self.task, self.values, one) for one in scores[:, repeat]])
             for train, test in folds:
-                weights = fit_stack(self.task, self.values[train], scores[:, repeat][:, train])
-                stacked[repeat, test] = np.tensordot(weights, scores[:, repeat][:, test], axes=1)
-        self.results[STACK] = Result(stacked, folds=self.results[AVERAGE].folds)
-        for name in (AVERAGE, STACK):
-            self.results[name].stopped = FINISHED
+                half = _better_half(own[:, train].mean(axis=1))
+                average.scores[repeat, test] = scores[half, repeat][:, test].mean(axis=0)
+        self.results[AVERAGE] = average
 
-    def choose(self, members: Sequence[str]) -> Choice:
-        """The winner; ``members`` are the linear candidates, which an average or a stack may hold."""
+    def choose(self, linear: Sequence[str]) -> Choice:
+        """The winner; ``linear`` are the candidates that the average is made of."""
         names = [name for name in self.finished() if name != TRIVIAL]
-        own = {name: self.subject_losses(self.results[name]) for name in [TRIVIAL, *names]}
-        best = min(names, key=lambda name: own[name].mean(), default=TRIVIAL)
-        if AVERAGE in names:
-            gain, error = mean_and_error(own[AVERAGE] - own[best])
-            best = best if gain > error else AVERAGE
-        gain, error = mean_and_error(own[TRIVIAL] - own[best])
-        best = best if gain > error else TRIVIAL
-        members = [name for name in members if name in names]
+        own = {name: self.subject_losses(result) for name, result in self.results.items() if name in {TRIVIAL, *names}}
+        default = next(name for name in (AVERAGE, *names, TRIVIAL) if name in own)
+        others = [name for name in names if name not in linear]
+        best = min(others, key=lambda name: own[name].mean(), default=default)
+        gain, error = mean_and_error(own[default] - own[best])
+        best = best if gain > error else default
+        trivial = float(own[TRIVIAL].mean()) if TRIVIAL in own else float("nan")
+        best = TRIVIAL if own[best].mean() >= trivial else best
         weights = {} if best == TRIVIAL else {best: 1.0}
         if best == AVERAGE:
-            weights = dict.fromkeys(members, 1 / len(members))
-        elif best == STACK:
-            scores = np.stack([np.nanmean(self.results[name].scores, axis=0) for name in members])
-            weights = dict(zip(members, fit_stack(self.task, self.values, scores).tolist(), strict=True))
-        return Choice(best, weights, *mean_and_error(own[best]), float(own[TRIVIAL].mean()))
+            members = [name for name in linear if name in names]
+            half = _better_half(np.array([own[name].mean() for name in members]))
+            weights = {members[k]: 1 / len(half) for k in half}
+        return Choice(best, weights, *mean_and_error(own[best]), trivial)
 
     def out_of_fold(self, choice: Choice) -> Float[np.ndarray, "n R"]:
         """The out-of-fold scores of the winner, averaged over repeats."""
         return np.nanmean(self.results[choice.name].scores, axis=0)
+
+
+def _better_half(scores: np.ndarray) -> np.ndarray:
+    """The places of the lower half of the losses, and of one more where their number is odd."""
+    return np.argsort(scores, kind="stable")[: (len(scores) + 1) // 2]

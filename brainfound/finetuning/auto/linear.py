@@ -1,6 +1,6 @@
 """Linear candidates: fits, their loss per subject, and their weighted sum.
 
-Axis legend: n volumes, R head outputs, M candidates.
+Axis legend: n volumes, R head outputs.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import minimize
 from scipy.special import expit, logsumexp, softmax
 
 from brainfound.finetuning.auto.features import Blocks, LinearModel, choose_blocks
 from brainfound.finetuning.auto.recipe import LinearCandidate
 from brainfound.finetuning.linear_models import LabelledFeatures, fit_pls, standardise
-from brainfound.finetuning.tasks import Classification, Regression, VolumeTask
+from brainfound.finetuning.tasks import Classification, Regression, Task, VolumeTask
 from brainfound.finetuning.tasks.classification import MultiLabelClassification
 from brainfound.models.stack_prediction import StackPrediction
 
@@ -84,8 +83,10 @@ def trivial_scores(task: VolumeTask, values: np.ndarray) -> Float[np.ndarray, "R
     return np.log(np.maximum(np.bincount(values, minlength=len(task.names)) / len(values), 1e-3))
 
 
-def losses(task: VolumeTask, values: np.ndarray, scores: Float[np.ndarray, "n R"]) -> Float[np.ndarray, "n"]:
-    """The loss of each volume whose mean is the task's `selection_metric`: absolute error, or log loss."""
+def losses(task: Task, values: np.ndarray, scores: Float[np.ndarray, "n R"]) -> Float[np.ndarray, "n"]:
+    """The loss of each volume whose mean is the task's `selection_metric` (absolute error, log loss), or 1 − Dice."""
+    if task.per_voxel:
+        return scores[:, 0]
     if isinstance(task, Regression):
         return np.abs(scores[:, 0] * task.std + task.mean - values)
     if isinstance(task, MultiLabelClassification):
@@ -98,27 +99,6 @@ def as_answer(task: VolumeTask, scores: Float[np.ndarray, "R"]) -> StackPredicti
     if isinstance(task, Regression):
         return StackPrediction(value=float(scores[0]) * task.std + task.mean)
     return StackPrediction(probabilities=(expit if isinstance(task, MultiLabelClassification) else softmax)(scores))
-
-
-def fit_stack(task: VolumeTask, values: np.ndarray, scores: Float[np.ndarray, "M n R"]) -> Float[np.ndarray, "M"]:
-    """Non-negative weights of candidates that sum to 1, for the smallest loss on out-of-fold scores.
-
-    Breiman, "Stacked regressions", Machine Learning 1996; the sum is fixed because forty subjects cannot determine a
-    scale too. The squared error takes the place of the absolute one, which has no gradient at 0.
-    """
-
-    def objective(weights: np.ndarray) -> float:
-        mixed = np.tensordot(weights, scores, axes=1)
-        if isinstance(task, Regression):
-            return float(np.mean((mixed[:, 0] - (values - task.mean) / task.std) ** 2))
-        return float(losses(task, values, mixed).mean())
-
-    count = len(scores)
-    bounds, total = [(0.0, 1.0)] * count, {"type": "eq", "fun": lambda weights: weights.sum() - 1}
-    found = minimize(objective, np.full(count, 1 / count), method="SLSQP", bounds=bounds, constraints=[total])
-    weights = np.clip(found.x, 0, None)
-    weights[weights < 0.01] = 0
-    return weights / weights.sum()
 
 
 def mean_by_subject(values: np.ndarray, groups: np.ndarray) -> np.ndarray:

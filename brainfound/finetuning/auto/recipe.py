@@ -31,7 +31,10 @@ class LinearCandidate(NamedTuple):
 
 
 class LinearRecipe(Recipe):
-    """The linear candidates: every combination of a method, features of a slice, and pooling over slices."""
+    """The linear candidates: every combination of a method, features of a slice, and pooling over slices.
+
+    For a classification or a regression.
+    """
 
     methods: tuple[Method, ...] = ("penalised", "pls")
     """penalised: ridge for a regression, logistic for a classification. pls: partial least squares, for a regression
@@ -73,8 +76,9 @@ class AutoRecipe(Recipe):
     """Divisions into inner folds; trained candidates use the first."""
     linear: LinearRecipe = LinearRecipe()
     trained: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Name → what a fine-tuning recipe has in addition, from cheap to dear: {lora: {adapter: lora-r8}}. With
-    cached_embeddings, a candidate reads the features of the linear ones unless it names its own."""
+    """Name → what a fine-tuning recipe has in addition, from cheap to dear: {lora: {adapter: lora-r8}}; of `engine` and
+    `task` the given settings only. With cached_embeddings, a candidate reads the features of the linear ones unless it
+    names its own."""
     task: AnyTaskRecipe = AutoTaskRecipe()
     """As in a fine-tuning recipe."""
     contrasts: tuple[str, ...] | None = None
@@ -107,8 +111,8 @@ class AutoRecipe(Recipe):
             if own.get("cached_embeddings") and "slice_features" not in own:
                 shared_features = {"slice_features": "cls_and_patches", "feature_layers": layers}
                 own = {**shared_features, "num_slices": self.num_slices, **own}
-        engine = {**content["engine"], **own.get("engine", {})}
-        content |= {"name": candidate or self.name, "frozen_baseline": False, **own, "engine": engine}
+        nested = {name: {**content[name], **own.get(name, {})} for name in ("engine", "task")}
+        content |= {"name": candidate or self.name, "frozen_baseline": False, **own, **nested}
         return validate(FinetuneRecipe, content, where=f"trained.{candidate}")
 
 

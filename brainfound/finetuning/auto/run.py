@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -29,9 +29,9 @@ from brainfound.data.splits.split_file import get_split_groups
 from brainfound.data.store import Store
 from brainfound.data.store.store import restrict_contrasts
 from brainfound.errors import UsageError
-from brainfound.files import require_json, write_atomically
+from brainfound.files import nan_as_none, require_json, write_atomically
 from brainfound.finetuning.auto.features import FoldedModel, LinearModel, fold, volume_features
-from brainfound.finetuning.auto.judge import AVERAGE, FINISHED, STACK, TRIVIAL, Choice, Judge, Result
+from brainfound.finetuning.auto.judge import AVERAGE, FINISHED, TRIVIAL, Choice, Fold, Judge, Result
 from brainfound.finetuning.auto.linear import as_answer, fit_candidate, trivial_scores
 from brainfound.finetuning.auto.recipe import CHANGEABLE_ON_RESUME, AutoRecipe, LinearCandidate, resolve_auto_recipe
 from brainfound.finetuning.auto.trained import TrainedCandidates
@@ -41,10 +41,11 @@ from brainfound.finetuning.frozen_baseline import VolumeLinearProbe, score_froze
 from brainfound.finetuning.linear_models import LabelledFeatures, standardise, subject_group_indices
 from brainfound.finetuning.scoring import SUBJECT_ROW
 from brainfound.finetuning.splits import resolve_split_file, split_sessions, stratification_labels, write_split
-from brainfound.finetuning.tasks import Regression, TargetColumn, VolumeTask, resolve
+from brainfound.finetuning.tasks import Regression, TargetColumn, Task, VolumeTask, resolve
+from brainfound.finetuning.tasks.base import MASK
 from brainfound.finetuning.tasks.classification import MultiLabelClassification
 from brainfound.finetuning.training_task import FinetuneTask, FrozenBaselineResult
-from brainfound.metrics.registry import format_score
+from brainfound.metrics.registry import METRICS, format_score
 from brainfound.models import BrainFoundModel
 from brainfound.models.configuration import evenly_spaced_layers
 from brainfound.models.loading import load_initial_model, read_backbone_config, read_history, require_start
@@ -54,6 +55,8 @@ from brainfound.training.log import TrainingLog
 from brainfound.training.process import process_state
 from brainfound.training.randomness import INITIALISATION, derive_seed
 
+NO_TIME = "no time left"
+"""Begins the reason of a candidate that goes on when a run is resumed with more minutes."""
 TRIED_FILE, STATE_FILE, CANDIDATES_FOLDER = "tried.tsv", "tried.json", "candidates"
 
 
@@ -73,12 +76,14 @@ def finetune_auto(
     overrides: Iterable[str] = (),
     quiet: bool = False,
 ) -> Path:
-    """Find the best model for a classification or a regression, and export it.
+    """Find the best model for a target, and export it.
 
     Linear models of frozen features and trained candidates are compared by inner cross-validation over the subjects of
-    the training and the validation part. The winner is fitted to both and scored once on the test part.
+    the training and the validation part. The winner is fitted to both and scored once on the test part. Of a
+    segmentation all candidates are trained.
 
     Args:
+        recipe: for the mask, "auto" stands for "auto-segmentation".
         minutes: time for the candidates; None: the recipe's.
         data, model, target, out, split, fold, resume, keep_ids, cache, overrides: as for
             `brainfound.finetuning.finetune.finetune`.
@@ -90,15 +95,17 @@ def finetune_auto(
         RecipeError, UsageError, ModelError, TrainingError.
     """
     overrides = [*overrides, *([] if minutes is None else [f"minutes={minutes!r}"])]
+    if recipe == "auto" and target == MASK:
+        recipe = "auto-segmentation"
     content = resolve_auto_recipe(recipe, overrides)
     if process_state().num_processes > 1:
         what, remedy = "an automatic run has one process", "Start it without accelerate launch"
         raise UsageError(what, got=process_state().num_processes, remedy=remedy)
     store = restrict_contrasts(data if isinstance(data, Store) else Store.open(data), content.contrasts)
     column = TargetColumn.find(store, target)
-    if column.is_mask:
-        remedy = "Use brainfound finetune finetune-segmentation"
-        raise UsageError("auto chooses models for classification and regression", got="a segmentation", remedy=remedy)
+    if column.is_mask and not content.trained:
+        what, remedy = "linear candidates are for classification and regression", "Give trained, as auto-segmentation"
+        raise UsageError(what, where="trained", got="none, for a segmentation", remedy=remedy)
     folder = Path(out) if out is not None else Path("runs") / content.name
     content, accelerator, console = run_folder.start_process(folder, content, (), resume, quiet)
     with run_folder.lock_run_folder(folder, resume, accelerator):
@@ -112,7 +119,6 @@ def finetune_auto(
         pool = np.sort(np.concatenate([parts["train"], parts["validation"]]))
         task = resolve(store, pool.tolist(), column, content.task)
         _require_plain_head(task)
-        assert isinstance(task, VolumeTask)
         task.check_parts(store, {"train": pool, "test": parts["test"]}, console.print)
         name = Path(model).name if Path(model).exists() else str(model)
         judge = _make_judge(content, store, column, pool, task)
@@ -130,21 +136,34 @@ def finetune_auto(
         counts = ", ".join(f"{part} {len(index)}" for part, index in parts.items())
         console.print(f"{task.kind} of {target}: {counts}")
         run = _Run(content, store, parts, pool, task, str(model), folder, judge, console.print)
-        features = run.embed(caches, accelerator.device)
+        linear: list[LinearCandidate] = []
+        if isinstance(task, VolumeTask):
+            features = run.embed(caches, accelerator.device)
         run.clock = _Clock.open(folder, content.minutes * 60, judge)
-        linear = run.judge_linear(features)
+        if isinstance(task, VolumeTask):
+            linear = run.judge_linear(task, features)
         trained = TrainedCandidates(content, store, str(model), target, folder / CANDIDATES_FOLDER, caches, run.layers)
         for candidate in content.trained:
             run.judge_trained(trained, candidate)
-        judge.add_mixtures([one.name for one in linear])
+        judge.add_average([one.name for one in linear])
+        if not judge.finished():
+            first = next(iter(content.trained))
+            raise UsageError(
+                "no candidate could be judged in the time",
+                where=f"{folder / TRIED_FILE}",
+                got=judge.results[first].stopped,
+                remedy="Go on with more --minutes and --resume, or give candidates with fewer steps",
+            )
         choice = judge.choose([one.name for one in linear])
         write_atomically(folder / TRIED_FILE, run.table(choice).to_csv(sep="\t", index=False))
         line = run.describe(choice)
-        about = {"winner": choice.name, "inner_score": choice.score, "standard_error": choice.error}
-        about |= {"metric": task.selection_metric, "trivial": choice.trivial, "weights": choice.weights, "text": line}
+        about = {"winner": choice.name, "inner_score": judge.score(choice.score), "standard_error": choice.error}
+        about |= {"metric": task.selection_metric, "trivial": nan_as_none(choice.trivial), "weights": choice.weights}
+        about |= {"text": line}
         if choice.name in content.trained:
             trained.export(choice.name, folder, about, keep_ids)
         else:
+            assert isinstance(task, VolumeTask)
             final = run.fit(choice, linear, features)
             training = run.build(final, features, accelerator)
             _log_choice(folder, task, choice)
@@ -167,7 +186,7 @@ def _require_plain_head(task: Any) -> None:
         raise UsageError(what, where="task.head", got=task.settings.head, expected="point", remedy=remedy)
 
 
-def _make_judge(recipe: AutoRecipe, store: Store, column: TargetColumn, pool: np.ndarray, task: VolumeTask) -> Judge:
+def _make_judge(recipe: AutoRecipe, store: Store, column: TargetColumn, pool: np.ndarray, task: Task) -> Judge:
     """The judge with its inner folds; UsageError where there are too few subjects."""
     names = get_split_groups(store)[0]
     groups = names[pool].tolist()
@@ -182,21 +201,28 @@ def _make_judge(recipe: AutoRecipe, store: Store, column: TargetColumn, pool: np
         )
     strata = {column.name: stratification_labels(store, pool, column.columns)}
     values = task.values(store, pool.tolist())
-    repeats = []
+    repeats: list[list[Fold]] = []
     for repeat in range(recipe.inner_repeats):
         folds = dividing.k_folds(groups, recipe.inner_folds, derive_seed(INITIALISATION, recipe.seed) + repeat, strata)
         repeats.append([(part["train"], part["test"]) for part in folds])
+    if isinstance(task, VolumeTask):
+        _require_classes(task, task.values(store, pool.tolist()), repeats, column.name)
+    values = np.zeros(len(pool)) if values is None else values  # the labels of a segmentation are in the stacks
+    return Judge(task, values, subject_group_indices(names.tolist(), pool), repeats)
+
+
+def _require_classes(task: VolumeTask, values: np.ndarray, repeats: Sequence[Sequence[Fold]], column: str) -> None:
+    """Refuse a class that is not in every inner training fold."""
     for train, _ in chain.from_iterable(repeats):
         several = isinstance(task, MultiLabelClassification)
         missing = task.absent_names(values[train]) + (task.absent_names(1 - values[train]) if several else [])
         if missing:
             raise UsageError(
-                f"a class has too few subjects for {recipe.inner_folds} inner folds",
-                where=f"column {column.name}",
+                f"a class has too few subjects for {len(repeats[0])} inner folds",
+                where=f"column {column}",
                 got=missing[0],
                 remedy="Join it to another class, or leave its cells empty",
             )
-    return Judge(task, values, subject_group_indices(names.tolist(), pool), repeats)
 
 
 @dataclass
@@ -239,7 +265,7 @@ class _Run:
     store: Store
     parts: Mapping[str, np.ndarray]
     pool: np.ndarray
-    task: VolumeTask
+    task: Any
     source: str
     folder: Path
     judge: Judge
@@ -268,9 +294,9 @@ class _Run:
     def _stem(self) -> dict[str, Any]:
         return {} if self.recipe.stem is None else {"stem": self.recipe.stem}
 
-    def judge_linear(self, features: np.ndarray) -> list[LinearCandidate]:
+    def judge_linear(self, task: VolumeTask, features: np.ndarray) -> list[LinearCandidate]:
         """Score the linear candidates: one round of inner folds each, then more, while there is time."""
-        task, judge = self.task, self.judge
+        judge = self.judge
         num_outputs = len(trivial_scores(task, judge.values))
         candidates = [
             one for one in self.recipe.linear.candidates() if one.method == "penalised" or isinstance(task, Regression)
@@ -286,7 +312,7 @@ class _Run:
                 if not np.isnan(result.scores[repeat]).any():
                     continue
                 if self.clock.left <= 0 and (repeat or candidate != candidates[0]):
-                    result.stopped = "no time left"
+                    result.stopped = NO_TIME
                     continue
                 started = time.monotonic()
                 for train, test in folds:
@@ -301,11 +327,13 @@ class _Run:
     def judge_trained(self, trained: TrainedCandidates, name: str) -> None:
         """Train a candidate on the first round of inner folds, as long as it is worth it."""
         judge = self.judge
-        num_outputs = len(trivial_scores(self.task, judge.values))
+        num_outputs = 1 if self.task.per_voxel else len(trivial_scores(self.task, judge.values))
         result = judge.results.setdefault(name, judge.new_result(num_outputs))
-        if result.stopped:
+        if result.stopped and not result.stopped.startswith(NO_TIME):
             return
-        expected = trained.expected_seconds(name, self.seconds_per_session)
+        result.stopped = ""
+        cost = trained.cost(name)
+        expected = cost * self.seconds_per_session
         folds = judge.repeats[0]
         for number, (train, test) in enumerate(folds):
             if not np.isnan(result.scores[0, test]).any():
@@ -313,12 +341,15 @@ class _Run:
             expected = result.seconds / result.folds if result.folds else expected
             # The winner is trained once more at the end.
             if 2 * expected > self.clock.left:
-                result.stopped = f"a fold takes about {expected:.0f} s, {max(self.clock.left, 0):.0f} s are left"
+                result.stopped = (
+                    f"{NO_TIME}: a fold takes about {expected:.0f} s, {max(self.clock.left, 0):.0f} s are left"
+                )
                 break
             started = time.monotonic()
             result.scores[0, test] = trained.run_fold(name, number, self.pool[train], self.pool[test], self.task)
             result.seconds += time.monotonic() - started
             result.folds += 1
+            self.seconds_per_session = self.seconds_per_session or result.seconds / max(cost, 1)
             if result.folds < len(folds) and judge.is_hopeless(name):
                 result.stopped = "worse than the best by more than the error of the difference"
                 break
@@ -332,10 +363,11 @@ class _Run:
         rows = []
         for name, result in self.judge.results.items():
             score, error = self.judge.mean(name)
-            own = {"candidate": name, self.task.selection_metric: score, "standard_error": error}
+            own = {"candidate": name, self.task.selection_metric: self.judge.score(score), "standard_error": error}
             own |= {"folds": result.folds, "seconds": round(result.seconds, 1), "stopped": result.stopped}
             rows.append({**own, "winner": name == choice.name})
-        return pd.DataFrame(rows).sort_values(self.task.selection_metric, kind="stable")
+        metric = METRICS[self.task.selection_metric]
+        return pd.DataFrame(rows).sort_values(metric.name, kind="stable", ascending=metric.better == "lower")
 
     def describe(self, choice: Choice) -> str:
         """One line: the winner and its inner score."""
@@ -343,16 +375,16 @@ class _Run:
         count = len(np.unique(self.judge.groups))
         if choice.name == TRIVIAL:
             same = f"the same answer for everybody ({metric} {format_score(metric, choice.trivial)}"
-            nothing = f"no candidate is clearly better than {same} on {count} left-out subjects)"
+            nothing = f"no candidate is better than {same} on {count} left-out subjects)"
             return f"winner: {TRIVIAL}; {nothing}, so the model answers alike for everybody"
-        what = {
-            AVERAGE: f"the average of {len(choice.weights)} linear models",
-            STACK: "a weighted sum of linear models",
-        }
-        name = what.get(choice.name, choice.name)
-        scores = f"{metric} {format_score(metric, choice.score)} ± {format_score(metric, choice.error)}"
-        trivial = f"the same answer for everybody {format_score(metric, choice.trivial)}"
-        return f"winner: {name}, inner {scores} on {count} left-out subjects; {trivial}"
+        is_average = choice.name == AVERAGE
+        name = f"the average of {len(choice.weights)} linear models" if is_average else choice.name
+        inner = self.judge.score(choice.score)
+        scores = f"{metric} {format_score(metric, inner)} ± {format_score(metric, choice.error)}"
+        line = f"winner: {name}, inner {scores} on {count} left-out subjects"
+        if self.task.per_voxel:
+            return line
+        return f"{line}; the same answer for everybody {format_score(metric, choice.trivial)}"
 
     def fit(self, choice: Choice, candidates: list[LinearCandidate], features: np.ndarray) -> LinearModel:
         """The winner, fitted to the training and the validation part."""

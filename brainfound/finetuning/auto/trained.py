@@ -21,7 +21,7 @@ from brainfound.finetuning.auto.recipe import AutoRecipe
 from brainfound.finetuning.finetune import RELIABILITY_FILE, finetune
 from brainfound.finetuning.scoring import CASES_FILE, FROZEN_CASES_FILE, SCORES_FILE, read_cases, read_scores
 from brainfound.finetuning.splits import RUN_SPLIT_FILE, stratification_labels
-from brainfound.finetuning.tasks import Regression, TargetColumn, VolumeTask
+from brainfound.finetuning.tasks import Regression, TargetColumn, Task
 from brainfound.finetuning.tasks.classification import MultiLabelClassification
 from brainfound.recipes import validate
 from brainfound.report.curves import CURVES_FILE, LOG_FILE
@@ -46,21 +46,23 @@ class TrainedCandidates:
     layers: tuple[int, ...]
     """The backbone blocks that the linear candidates read."""
 
-    def expected_seconds(self, name: str, seconds_per_session: float) -> float:
-        """An estimate of a fold, from the time to embed a session with the slices of the linear candidates."""
-        own = self.recipe.finetuning(name, self.layers)
+    def cost(self, name: str) -> float:
+        """An estimate of a fold, in forward passes of a session with the slices of the linear candidates."""
+        own, num_sessions = self.recipe.finetuning(name, self.layers), len(self.store)
         if own.cached_embeddings:
             is_embedded = own.feature_layers == self.layers and own.num_slices == self.recipe.num_slices
-            return 0.0 if is_embedded else seconds_per_session * len(self.store)
+            return 0.0 if is_embedded else num_sessions
         share = own.num_slices / min(self.recipe.num_slices, float(self.store.sessions["num_slices"].mean()))
         sessions = float(own.engine.steps * own.engine.batch_size * _PASSES_PER_STEP)
-        sessions += own.head_fit_passes * len(self.store)
+        sessions += own.head_fit_passes * num_sessions
+        scored = num_sessions / self.recipe.inner_folds
         if own.evaluate_every:
-            sessions += VALIDATION_SHARE * len(self.store) * (1 + own.engine.steps / own.evaluate_every)
-        return seconds_per_session * min(share, 1.0) * sessions
+            scored += VALIDATION_SHARE * num_sessions * (1 + own.engine.steps / own.evaluate_every)
+        # A segmentation is scored on all slices.
+        return min(share, 1.0) * sessions + scored * (1.0 if own.task.kind == "segmentation" else min(share, 1.0))
 
     def run_fold(
-        self, name: str, number: int, train: np.ndarray, test: np.ndarray, task: VolumeTask
+        self, name: str, number: int, train: np.ndarray, test: np.ndarray, task: Task
     ) -> Float[np.ndarray, "n R"]:
         """Train on an inner fold; returns the head outputs of its left-out sessions."""
         out = self.folder / name / f"fold-{number + 1}"
@@ -103,8 +105,14 @@ class TrainedCandidates:
         finetune(recipe, self.store, self.source, self.target, out, split=split, cache=self.caches, **options)
 
 
-def _head_outputs(cases: Any, task: VolumeTask) -> Float[np.ndarray, "n R"]:
-    """The head outputs that give the answers of a table of cases."""
+def _head_outputs(cases: Any, task: Task) -> Float[np.ndarray, "n R"]:
+    """The head outputs that give the answers of a table of cases; of a segmentation 1 − Dice.
+
+    In a session without the structure nothing is to be marked: 0, or 1 where something is.
+    """
+    if task.per_voxel:
+        dice, marked = cases["dice"].to_numpy(dtype=np.float64), cases["predicted_pixels"].to_numpy() > 0
+        return np.where(np.isnan(dice), marked, 1 - dice)[:, None]
     if isinstance(task, Regression):
         return ((cases["prediction"].to_numpy(dtype=np.float64) - task.mean) / task.std)[:, None]
     probabilities = cases[[f"p({name})" for name in task.names]].to_numpy(dtype=np.float64)

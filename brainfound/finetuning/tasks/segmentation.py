@@ -148,7 +148,7 @@ class Segmentation(Task):
         return Segmentation(saved.column, saved.names, saved.codes, saved.merge)
 
     def check_parts(self, store: Store, parts: Parts, notify: Notify | None) -> None:
-        for part in ("validation", "test") if notify else ():
+        for part in [name for name in parts if name != "train"] if notify else ():
             masks = (store.read_masks(int(session)) for session in parts[part])
             unknown = sorted({code for mask in masks if mask is not None for code in self.unknown_codes(mask)})
             if unknown and notify:
