@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import AsJson
+from brainfound.cli.terminal import AsJson, LookupTable, label_lines
 from brainfound.errors import EXIT_SOME_REJECTED, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from brainfound.data.cohort import Cohort, Session
+    from brainfound.data.store import Store
 
 _MAX_VALUES = 12
 KINDS = ("recipes", "adapters", "contrasts", "cohort")
@@ -28,18 +29,23 @@ def list_(
     sessions: Annotated[
         bool, typer.Option("--sessions", help="With `cohort`: also a line per session, with its names.")
     ] = False,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="With `cohort`: also the codes of its label maps, which are read.")
+    ] = False,
+    lookup_table: LookupTable = None,
     as_json: AsJson = False,
 ) -> None:
     """List recipes, adapters, contrasts, or what a cohort holds."""
     if kind not in KINDS:
         raise UsageError(f"cannot list {kind!r}", remedy=did_you_mean(kind, KINDS))
     if kind == "cohort":
-        _list_cohort(path, sessions=sessions, as_json=as_json)
+        _list_cohort(path, sessions=sessions, labels=labels, lookup_table=lookup_table, as_json=as_json)
         return
     if path is not None:
         raise UsageError(f"{kind} have no path", got=path, remedy="brainfound list cohort PATH, or leave it out")
-    if sessions:
-        raise UsageError("--sessions goes with `cohort` only", remedy="brainfound list cohort PATH --sessions")
+    for option, given in (("--sessions", sessions), ("--labels", labels), ("--lookup-table", lookup_table)):
+        if given:
+            raise UsageError(f"{option} goes with `cohort` only", remedy=f"brainfound list cohort PATH {option}")
     rows: list[dict[str, Any]] = list(_contrasts() if kind == "contrasts" else _recipes(kind))
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -68,8 +74,10 @@ def _contrasts() -> list[dict[str, str]]:
     ]
 
 
-def _list_cohort(path: Path | None, *, sessions: bool, as_json: bool) -> None:
-    """Print the summary of a source, and with ``sessions`` a line per session; JSON always has both.
+def _list_cohort(path: Path | None, *, sessions: bool, labels: bool, lookup_table: Path | None, as_json: bool) -> None:
+    """Print the summary of a source, with ``sessions`` a line per session, with ``labels`` a line per code.
+
+    JSON always has the sessions.
 
     The summary names no files but the first that is missing; the lines per session and the JSON have all names. Exit
     code 3 if files are missing, or if a data set of a collection cannot be read.
@@ -85,11 +93,13 @@ def _list_cohort(path: Path | None, *, sessions: bool, as_json: bool) -> None:
         missing = cohort.missing_files()
         summary = summarise_cohort(cohort) | {"num_missing_files": len(missing)}
         rows = session_rows(cohort) if sessions or as_json else []
+        codes = cohort.label_codes() if labels else {}
     if as_json:
         absent = [(file, "no such file") for file in missing]
         lists = {"unused_files": cohort.unused, "missing_files": absent, "rejected": cohort.rejected}
         files = {key: [{"file": str(file), "reason": why} for file, why in rows] for key, rows in lists.items()}
-        print(json.dumps({**summary, "sessions": rows, **files}, indent=1))
+        found = {"label_codes": codes} if labels else {}
+        print(json.dumps({**summary, **found, "sessions": rows, **files}, indent=1))
     else:
         for line in _lines(summary):
             print(line)
@@ -97,6 +107,10 @@ def _list_cohort(path: Path | None, *, sessions: bool, as_json: bool) -> None:
             what = f"{len(missing)} of {count_noun(summary['num_scans'] + sum(summary['label_maps'].values()), 'file')}"
             remedy = fetch_remedy(missing[0]) or "Check the paths, or copy the files there"
             print(f"{'files missing':<17} {what}; the first: {missing[0]}. {remedy}")
+        for column, own in codes.items():
+            print(f"\ncodes of {column}")
+            for line in label_lines(own, lookup_table):
+                print(line)
         if sessions:
             print()
             for row in rows:
@@ -178,6 +192,32 @@ def _lines(summary: dict[str, Any]) -> list[str]:
     lines.append(("files not used", f"{total}" if total else "none"))
     lines += [("", f"{count} × {reason}") for reason, count in summary["unused"].items()]
     lines += [("note", line) for line in summary["notes"]]
+    return [f"{name:<17} {text}" for name, text in lines]
+
+
+def store_lines(store: Store) -> list[str]:
+    """What a store holds, a line each; no names."""
+    from brainfound.data.sources.tables import count_noun
+
+    table, own = store.sessions, store.preprocessing
+    spacing = "as acquired" if own.spacing_mm is None else f"{' × '.join(f'{mm:g}' for mm in own.spacing_mm)} mm"
+    lines = [
+        ("subjects", f"{table['subject'].nunique()}, in {count_noun(len(store), 'session')}"),
+        ("slices", f"{store.num_slices} of {own.size[0]} × {own.size[1]} pixels; voxels {spacing}"),
+        ("contrasts", _counts(store.contrast_counts)),
+        ("masks", f"in {count_noun(int((table['mask_dtype'] != '').sum()), 'session')}"),
+    ]
+    if "age_years" in store.covariates:
+        ages = store.covariate("age_years").dropna().astype(float)
+        known = f"{ages.min():g}–{ages.max():g} years, median {ages.median():g}" if len(ages) else "not known"
+        lines.append(("age", known + (f", {len(store) - len(ages)} without" if 0 < len(ages) < len(store) else "")))
+    for column in (name for name in store.covariates if name != "age_years"):
+        values = store.covariate(column).dropna()
+        if 0 < values.nunique() <= _MAX_VALUES:
+            lines.append((column, _counts(values.astype(str).value_counts().to_dict())))
+    others = [name for name in store.covariates if name not in dict(lines) and name != "age_years"]
+    if others:
+        lines.append(("other columns", ", ".join(others)))
     return [f"{name:<17} {text}" for name, text in lines]
 
 

@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
-from brainfound.cli.terminal import AsJson
+from brainfound.cli.terminal import AsJson, LookupTable, label_lines
 from brainfound.errors import RecipeError, UsageError, mistaken_for
 
 
 def show(
     what: Annotated[str, typer.Argument(help="A recipe's name, a store, a run, a bundle or a model folder.")],
     verify: Annotated[bool, typer.Option("--verify", help="A store: read every byte and prove its hash.")] = False,
+    labels: Annotated[bool, typer.Option("--labels", help="A store: also the codes of its masks.")] = False,
+    lookup_table: LookupTable = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a recipe, store, run or model."""
@@ -28,7 +30,13 @@ def show(
         verified = {"content_hash": content_hash, "verified": True}
         print(json.dumps(verified, indent=1) if as_json else f"{content_hash}  every byte is as it was written")
         return
-    for name in ("store.json", "scores.json", "run.json", "bundle.json", "config.json"):
+    if (path / "store.json").is_file():
+        _show_store(path, labels, lookup_table, as_json)
+        return
+    if labels or lookup_table:
+        remedy = "Give a store, or look at a cohort with brainfound list cohort PATH --labels"
+        raise UsageError("label codes are of a store", where=what, remedy=remedy)
+    for name in ("scores.json", "run.json", "bundle.json", "config.json"):
         if (path / name).is_file():
             content = require_json(path / name, "Copy the folder again")
             if as_json:
@@ -37,6 +45,26 @@ def show(
                 _print_mapping(content)
             return
     print(_recipe_text(what))
+
+
+def _show_store(path: Path, labels: bool, lookup_table: Path | None, as_json: bool) -> None:
+    """Print what a store holds, and the facts of its store.json."""
+    from brainfound.cli.list import store_lines
+    from brainfound.data.store import Store
+    from brainfound.files import require_json
+
+    content = require_json(path / "store.json", "Copy the folder again")
+    store = Store.open(path)
+    codes = store.mask_codes() if labels else {}
+    if as_json:
+        print(json.dumps(content | ({"mask_codes": codes} if labels else {}), indent=1))
+        return
+    for line in store_lines(store):
+        print(line)
+    for line in ["codes of the masks", *label_lines(codes, lookup_table)] if labels else ():
+        print(line)
+    print()
+    _print_mapping(content)
 
 
 def _recipe_text(name: str) -> str:

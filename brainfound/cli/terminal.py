@@ -247,3 +247,20 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 150
     Console(width=width, highlight=False).print(table)
+
+
+LookupTable = Annotated[
+    Path | None, typer.Option(help="A file with the names of label codes (FreeSurferColorLUT.txt, .tsv, .csv).")
+]
+
+
+def label_lines(codes: Mapping[int, int], lookup_table: Path | None) -> list[str]:
+    """A line per code of a label map: its name, and the number of sessions that have it."""
+    from brainfound.data.label_names import read_lookup_table, unique_names
+
+    names = unique_names(list(codes), {} if lookup_table is None else read_lookup_table(lookup_table))
+    width = max(map(len, names), default=0)
+    return [
+        f"{code:>6}  {name:<{width}}  {count} session{'s' * (count > 1)}"
+        for (code, count), name in zip(codes.items(), names, strict=True)
+    ]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from brainfound.data.reading.archives import is_file
 from brainfound.data.reading.image_names import is_image
+from brainfound.data.reading.scan import load_scan
 from brainfound.data.sources import read_source
 from brainfound.data.sources.tables import SourceTable, count_noun
 from brainfound.errors import CohortError, describe_path
@@ -83,6 +86,17 @@ class Cohort(SourceTable):
             return cls(**vars(read_source(path, None if work is None else Path(work))))
         except CohortError as error:
             raise _explain(path, error) from None
+
+    def label_codes(self) -> dict[str, dict[int, int]]:
+        """Column of label maps → nonzero code → in how many sessions it is; reads them all.
+
+        ScanError: a label map cannot be read.
+        """
+        counts: dict[str, Counter[int]] = {column: Counter() for column in self.mask_columns}
+        for session in self.sessions():
+            for column, file in session.masks.items():
+                counts[column].update(int(code) for code in np.unique(load_scan(file, labels=True).data) if code)
+        return {column: dict(sorted(own.items())) for column, own in counts.items() if own}
 
     def __len__(self) -> int:
         return int(self.table.groupby(["subject", "session"], sort=False).ngroups)

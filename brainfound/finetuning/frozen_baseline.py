@@ -109,9 +109,10 @@ class PatchClassifier(_LinearModel):
         tokens, label_fractions, weights, owners = [], [], [], []
         for session in sessions:
             stack = store[int(session)]
-            labels = task.binary_labels(np.asarray(stack.mask))
-            slices, slice_weight = _choose_slices(np.asarray(labels.any(axis=(1, 2, 3))), num_slices)
-            slice_fractions = patch_label_fractions(labels[slices], model.encoder.patch_size)  # (S, P, K)
+            mask = np.asarray(stack.mask)
+            marked = task.marked(task.encode_mask(mask)).any(axis=(1, 2))
+            slices, slice_weight = _choose_slices(np.asarray(marked), num_slices)
+            slice_fractions = patch_label_fractions(task.binary_labels(mask[slices]), model.encoder.patch_size)
             chosen, weight = _choose_patches(slice_fractions, slice_weight, per_session, rng)
             flat = _tokens(model, stack, slices).reshape(-1, model.encoder.embed_dim)
             tokens.append(flat[chosen])
@@ -139,7 +140,7 @@ class PatchClassifier(_LinearModel):
             probabilities = expit(tokens @ self.weight.T + self.bias)  # (S, P, K)
             above = np.where(probabilities > self.thresholds, probabilities, 0.0)
             per_patch = np.moveaxis(above, -1, 1).reshape(len(index), -1, rows, columns)
-            answers.append(self.task.patch_answer(per_patch.repeat(side, 2).repeat(side, 3)))
+            answers.append(self.task.patch_answer(per_patch).repeat(side, -2).repeat(side, -1))
         return self.task.as_prediction(np.concatenate(answers))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from brainfound.adapters.attach import AdapterRecipe
+from brainfound.data.label_names import has_sides
 from brainfound.errors import RecipeError
 from brainfound.finetuning.splits import SplitRecipe
 from brainfound.finetuning.tasks import AnyTaskRecipe, AutoTaskRecipe, Task
@@ -145,6 +146,8 @@ def require_effective_settings(recipe: FinetuneRecipe, task: Task) -> None:
             got=f"a {task.kind} of {task.column}",
             remedy=f"Leave {them} out",
         )
+    if task.per_voxel and recipe.augmentation.flip_left_right:
+        _refuse_sides(task.names[int(task.names[0] == "background") :])
     if recipe.cached_embeddings:
         method = load(AdapterRecipe, recipe.adapter, "adapters").method
         if task.per_voxel or method != "none":
@@ -154,3 +157,17 @@ def require_effective_settings(recipe: FinetuneRecipe, task: Task) -> None:
                 got=f"a {task.kind} with an adapter of the method {method!r}",
                 remedy="Use --adapter head-only, or leave cached_embeddings out",
             )
+
+
+def _refuse_sides(names: Sequence[str]) -> None:
+    """Refuse to mirror labels of one side, whose masks would then be on the wrong side."""
+    unnamed = len(names) > 1 and any(name.startswith("label ") for name in names)
+    if unnamed or has_sides(names):
+        what = "label codes have no names, so their sides are not known" if unnamed else "some labels name a side"
+        more = ", or name the codes with task.lookup_table or task.regions" if unnamed else ""
+        raise RecipeError(
+            f"{what}: mirrored volumes would have them on the wrong one",
+            where="augmentation.flip_left_right",
+            got=", ".join(names[:5]),
+            remedy=f"Leave flip_left_right out{more}",
+        )

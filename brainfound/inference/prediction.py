@@ -16,6 +16,7 @@ import nibabel as nib
 import numpy as np
 
 from brainfound.data.checking.rules import Level
+from brainfound.data.label_names import file_label
 from brainfound.errors import UsageError
 from brainfound.files import write_atomically, writing
 
@@ -118,7 +119,8 @@ class Prediction:
     ) -> list[Path]:
         """Write ``NAME.json``, images and vectors; returns the files, the JSON last.
 
-        ``NAME_dseg.nii.gz`` holds label codes; where labels overlap, ``NAME_label-REGION_mask.nii.gz`` each region.
+        ``NAME_dseg.nii.gz`` holds label codes; where labels overlap, ``NAME_label-REGION_mask.nii.gz`` each region
+        (the letters and digits of its name).
         With ``probabilities`` also ``NAME_probability.nii.gz``, and ``NAME_label-LABEL_probability.nii.gz`` of each
         code or region in `probabilities`. An embedding is ``NAME_embedding.npy``, tokens are ``NAME_tokens.npz``.
         The default NAME is that of the first file, or the subject and session. UsageError: it is there already, and
@@ -129,10 +131,10 @@ class Prediction:
         require_new(folder / f"{name}.json", overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         images = {} if self.image is None else {"dseg": self.image}
-        images |= {f"label-{region}_mask": mask for region, mask in self.masks.items()}
+        images |= {f"label-{file_label(region)}_mask": mask for region, mask in self.masks.items()}
         if probabilities and self.probability is not None:
             images["probability"] = self.probability
-            images |= {f"label-{label}_probability": image for label, image in self.probabilities.items()}
+            images |= {f"label-{file_label(label)}_probability": image for label, image in self.probabilities.items()}
         written = []
         for ending, image in images.items():
             written.append(folder / f"{name}_{ending}.nii.gz")

@@ -5,8 +5,6 @@ Axis legend: S slices, K classes (or overlapping labels), H W pixels, X Y Z voxe
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 from jaxtyping import Integer
 from scipy import ndimage
 
+from brainfound.data.label_names import mirrored_channels
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import UsageError
 from brainfound.finetuning.tasks import Task
@@ -47,48 +46,13 @@ def without_small_components(
     return kept, removed
 
 
-_SIDE_WORDS = {"l": "r", "left": "right", "lh": "rh", "lt": "rt"}
-_OTHER_SIDE = _SIDE_WORDS | {right: left for left, right in _SIDE_WORDS.items()}
-_NAME_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-
-
-def mirrored_channels(names: Sequence[str]) -> tuple[int, ...]:
-    """For each label, the index of its mirror image: ``ventricleR`` of ``ventricleL``, or itself if it has no side.
-
-    UsageError: a label names a side, and not exactly one label is its mirror image.
-    """
-    channels = []
-    for index, name in enumerate(names):
-        words = {(match.start(), match.end()) for match in _NAME_WORDS.finditer(name)}
-        sides = {place for place in words if name[slice(*place)].lower() in _OTHER_SIDE}
-        # "VL", "lventricle" and "ventricleleft" name a side only if the other side is there too.
-        places = sides | {(0, 1), (len(name) - 1, len(name))}
-        places |= {match.span() for match in re.finditer("left|right", name, re.IGNORECASE)}
-        others = {_with_other_side(name, place) for place in places} & (set(names) - {name})
-        if len(others) > 1 or (sides and not others):
-            what = (
-                f"the label {name} names a side, and {'two labels are' if others else 'no label is'} its mirror image"
-            )
-            remedy = "Leave --flip out, or give both sides names such as ventricleL and ventricleR"
-            raise UsageError(what, where="flips", got=", ".join(names), remedy=remedy)
-        channels.append(names.index(others.pop()) if others else index)
-    return tuple(channels)
-
-
-def _with_other_side(name: str, place: tuple[int, int]) -> str:
-    word = name[slice(*place)]
-    other = _OTHER_SIDE.get(word.lower(), word)
-    other = other.upper() if word.isupper() else other.capitalize() if word[:1].isupper() else other
-    return name[: place[0]] + other + name[place[1] :]
-
-
 @dataclass(frozen=True)
 class SegmentationOptions:
     """Options of a segmentation; all are off by default.
 
     Attributes:
         flips: average with the left-right mirrored slices, in which labels that name a side are exchanged, see
-            `mirrored_channels`. Not for codes without names that have a side.
+            `brainfound.data.label_names.mirrored_channels`. Not for codes without names that have a side.
         overlap: average over four positions of the patch grid, half a patch apart.
         min_volume_mm3: connected components below this volume are removed from label maps and masks, on the grid of
             the scan; probabilities stay unchanged.
@@ -135,6 +99,7 @@ def _label_map(
     image, removed = _apply_min_volume(stack.to_native(target.decode_mask(answer.classes), order=0), options)
     content: dict[str, Any] = {
         "labels": {str(code): name for code, name in names.items()},
+        **({"regions": target.region_codes} if target.regions else {}),
         "volumes_mm3": volumes_mm3(image, names),
     }
     if options.min_volume_mm3:
@@ -155,10 +120,7 @@ def _masks(
         mask, counts = _apply_min_volume(stack.to_native(answer.labels[:, k].astype(np.uint8), order=0), options)
         masks[name], removed[name] = mask, counts.get(1, 0)
         volumes[name] = volumes_mm3(mask, {1: name})[name]
-    content: dict[str, Any] = {
-        "regions": {name: list(codes) for name, codes in zip(target.names, target.regions, strict=True)},
-        "volumes_mm3": volumes,
-    }
+    content: dict[str, Any] = {"regions": target.region_codes, "volumes_mm3": volumes}
     if options.min_volume_mm3:
         content |= _removal(options, removed)
     probabilities = {}

@@ -108,6 +108,31 @@ def test_a_lost_data_set_is_exit_code_3_of_both_commands(tmp_path, write_scan):
     assert "1 subject" in rows[1]
 
 
+def test_codes_of_label_maps_have_counts_and_names(small_store, tmp_path):
+    source = small_store.path.parent / "source"
+    (tmp_path / "lut.tsv").write_text("code\tname\n1\tlesion\n")
+    table = ["--labels", "--lookup-table", tmp_path / "lut.tsv"]
+    ill = sum(bool(small_store.read_masks(k).any()) for k in range(len(small_store)))
+    for command in (["list", "cohort", source], ["show", small_store.path]):
+        lines = run(*command, *table).splitlines()
+        assert f"     1  lesion  {ill} sessions" in lines
+        assert "     1  label 1  " in run(*command, "--labels")
+    facts = json.loads(run("list", "cohort", source, "--labels", "--json"))
+    assert facts["label_codes"] == {"mask": {"1": ill}}
+    assert json.loads(run("show", small_store.path, "--labels", "--json"))["mask_codes"] == {"1": ill}
+
+
+def test_a_store_is_shown_with_what_it_holds(small_store):
+    lines = run("show", small_store.path).splitlines()
+    assert lines[0].split(maxsplit=1) == ["subjects", "12, in 12 sessions"]
+    facts = {line[:17].strip(): line[18:] for line in lines[: lines.index("")]}
+    assert facts["contrasts"] == "T1w 12, T2w 12, FLAIR 12"
+    assert facts["age"].startswith("22.5–77.5 years, median 50")
+    assert facts["masks"] == "in 12 sessions"
+    assert facts["sex"] == "F 6, M 6"
+    assert any(line.startswith("content_hash: ") for line in lines)
+
+
 def test_a_label_map_that_is_listed_as_a_scan_is_rejected(tmp_path, write_scan):
     for name in ("sub-1", "sub-2"):
         scan = write_scan(f"all/{name}/anat/{name}_T1w.nii.gz", spacing=6.0, shape=(20, 24, 18))
@@ -125,6 +150,8 @@ def test_a_label_map_that_is_listed_as_a_scan_is_rejected(tmp_path, write_scan):
     ("arguments", "message"),
     [
         (["list", "cohort"], "path of the cohort is missing"),
+        (["list", "recipes", "--labels"], "--labels goes with `cohort` only"),
+        (["show", "pretrain-demo", "--labels"], "label codes are of a store"),
         (["list", "recipes", "--sessions"], "goes with `cohort` only"),
     ],
 )

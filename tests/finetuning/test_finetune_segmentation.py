@@ -60,6 +60,21 @@ def test_overlapping_labels_from_recipe_to_files(small_store, tiny_backbone, tmp
     assert "focal Tversky" in card
 
 
+def test_exclusive_regions_answer_with_one_label_map(small_store, tiny_backbone, tmp_path):
+    (tmp_path / "lut.tsv").write_text("code\tname\n1\tLesion-Left\n")
+    overrides = ["task.regions={left_lesion: [lesion_left]}", "task.exclusive=true", "engine.steps=1"]
+    overrides.append(f"task.lookup_table={tmp_path / 'lut.tsv'}")
+    recipe = validate(FinetuneRecipe, TINY, overrides)
+    run = finetune(recipe, small_store, tiny_backbone, "mask", tmp_path / "run", quiet=True)
+    predictor = brainfound.load(run)
+    assert predictor.model.get_base_model().config.overlapping_labels is False
+    prediction = predictor.predict_stack(small_store[0])
+    assert prediction.answer["labels"] == {"0": "background", "1": "left_lesion"}
+    assert prediction.answer["regions"] == {"left_lesion": [1]}
+    assert set(np.unique(prediction.image.dataobj)) <= {0, 1}
+    assert not prediction.masks
+
+
 def test_each_region_is_scored_with_its_own_mask(small_store, monkeypatch):
     """Two regions of one code: the first is found exactly, the second where it is not."""
     target = OverlappingSegmentation("mask", names=("found", "missed"), regions=((1,), (1,)))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
-from brainfound.errors import UsageError
+from brainfound.errors import RecipeError, UsageError
+from brainfound.finetuning.recipe import FinetuneRecipe, require_effective_settings
 from brainfound.finetuning.splits import make_split
 from brainfound.finetuning.tasks import (
     Classification,
@@ -20,7 +22,7 @@ from brainfound.finetuning.tasks import (
 )
 from brainfound.finetuning.tasks.base import VolumeScorer, target_columns
 from brainfound.finetuning.tasks.classification import MultiLabelClassification
-from brainfound.finetuning.tasks.segmentation import OverlappingSegmentation
+from brainfound.finetuning.tasks.segmentation import ExclusiveSegmentation, OverlappingSegmentation
 from brainfound.metrics.registry import task_metrics
 from brainfound.models.stack_prediction import StackPrediction
 from brainfound.recipes import validate
@@ -176,13 +178,60 @@ def test_regions_are_made_of_codes_and_may_overlap():
     assert from_dict({k: v for k, v in CLASSES.to_dict().items() if k != "regions"}) == CLASSES
 
 
+def test_regions_may_exclude_each_other():
+    codes = ((4, 43), (17,))
+    target = ExclusiveSegmentation("mask", ("background", "ventricles", "hippocampus_left"), (0, 1, 2), regions=codes)
+    mask = np.array([[[0, 4], [43, 17]], [[9, 0], [2, 1000]]], dtype=np.uint16)
+    encoded = target.encode_mask(mask)
+    assert encoded.tolist() == [[[0, 1], [1, 2]], [[0, 0], [0, 0]]]
+    assert target.decode_mask(encoded).tolist() == encoded.tolist()
+    assert target.region_codes == {"ventricles": [4, 43], "hippocampus_left": [17]}
+    assert target.unknown_codes(mask) == []
+    assert from_dict(json.loads(json.dumps(target.to_dict()))) == target
+    assert target.config_fields(None)["overlapping_labels"] is False
+
+
+def test_names_come_from_a_lookup_table(small_store, tmp_path):
+    (tmp_path / "lut.txt").write_text("0 Unknown 0 0 0 0\n1 Left-Lesion 1 2 3 0\n2 Right-Lesion 1 2 3 0\n")
+    table = {"lookup_table": str(tmp_path / "lut.txt")}
+    plain = resolve(small_store, [0, 1], "mask", SegmentationRecipe(**table))
+    assert plain.names == ("background", "Left-Lesion")
+    own = validate(SegmentationRecipe, {**table, "regions": {"lesion": ["lesion_left", 2]}, "exclusive": True})
+    grouped = resolve(small_store, [0, 1], "mask", own)
+    assert (grouped.names, grouped.regions, grouped.codes) == (("background", "lesion"), ((1, 2),), (0, 1))
+    with pytest.raises(UsageError, match="Did you mean Left-Lesion"):
+        resolve(small_store, [0, 1], "mask", SegmentationRecipe(**table, regions={"a": ["Left-Lezion"]}))
+    with pytest.raises(UsageError, match="the code 1 is in a too"):
+        resolve(small_store, [0, 1], "mask", SegmentationRecipe(regions={"a": [1], "b": [1, 2]}, exclusive=True))
+    with pytest.raises(RecipeError, match="exclusive has no effect without regions"):
+        validate(SegmentationRecipe, {"exclusive": True})
+
+
+@pytest.mark.parametrize(
+    ("names", "fault"),
+    [
+        (("lesion",), None),
+        (("edema", "core"), None),
+        (("label 1", "label 2"), "no names.*lookup_table"),
+        (("hippocampus_left", "hippocampus_right"), "name a side.*Leave flip_left_right out"),
+        (("hippocampus_left",), "name a side"),
+    ],
+)
+def test_labels_of_one_side_are_not_mirrored_in_training(names, fault):
+    recipe = validate(FinetuneRecipe, {"task": "segmentation", "augmentation": {"flip_left_right": 0.5}})
+    task = Segmentation("mask", names=("background", *names), codes=tuple(range(len(names) + 1)))
+    with nullcontext() if fault is None else pytest.raises(RecipeError, match=fault):
+        require_effective_settings(recipe, task)
+
+
 @pytest.mark.parametrize(
     ("regions", "told"),
     [
         ({"whole": [1], "core": []}, "regions.*core is"),
         ({"whole": [0, 1]}, "codes above 0"),
-        ({"whole tumour": [1]}, "letters and digits"),
-        ({"../x": [1]}, "letters and digits"),
+        ({"../x": [1]}, "letters, digits"),
+        ({"ventricle_left": [1], "ventricleLeft": [1]}, "same file name"),
+        ({"hippocampus": ["Left-Hippocampus"]}, "no table of names"),
         ({"whole": [1], "core": [3, 4]}, "no mask of the training part"),
     ],
 )

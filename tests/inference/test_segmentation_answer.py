@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from brainfound.data.label_names import mirrored_channels
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import UsageError
 from brainfound.finetuning.tasks.segmentation import OverlappingSegmentation, Segmentation
 from brainfound.inference.cohort import predict
 from brainfound.inference.predictor import Predictor
-from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields, mirrored_channels
+from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields
 from brainfound.models import BrainFoundForSegmentation
 from brainfound.models.stack_prediction import StackPrediction, infer
 

@@ -6,6 +6,7 @@ Axis legend: S slices, C contrasts, H rows, W columns.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import cached_property
@@ -104,6 +105,11 @@ class StoreReader:
             return None
         masks = self._read(session, self.table.mask_at, self.preprocessing.size, dtype)
         return masks if slices is None else masks[np.asarray(slices)]
+
+    def mask_codes(self) -> dict[int, int]:
+        """In how many sessions each nonzero code of the label maps is; reads them all."""
+        masks = (self.read_masks(session) for session in range(len(self)))
+        return dict(sorted(Counter(int(c) for mask in masks if mask is not None for c in np.unique(mask) if c).items()))
 
     def session_rows(self, session: int) -> Int[np.ndarray, "S"]:
         """The slice rows of a session, inferior → superior."""

@@ -10,14 +10,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from brainfound.data.label_names import file_label, find_codes, read_lookup_table, unique_names
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
@@ -38,7 +39,8 @@ from brainfound.metrics.registry import mean_case_scores, segmentation_case_scor
 from brainfound.models import BrainFoundForSegmentation
 from brainfound.models.stack_prediction import StackPrediction
 
-MAX_CODES = 50
+MAX_CODES = 1000
+"""Classes of a segmentation; whole-brain parcellations have 100 to 300."""
 _CONFIG_FIELDS = {"decoder", "decoder_width", "decoder_slice_mixing"}
 _CONFIG_FIELDS |= {"tversky_alpha", "tversky_beta", "tversky_gamma", "focal_gamma"}
 _StructureScores = Mapping[str, Mapping[str, float]]
@@ -63,9 +65,14 @@ class SegmentationRecipe(TaskRecipe):
     kind: Literal["segmentation"] = "segmentation"
     merge_codes: bool = False
     """Merge all nonzero label codes into one class."""
-    regions: dict[str, list[int]] = Field(default_factory=dict)
-    """Overlapping labels made of codes, such as {whole: [1, 2, 4], core: [1, 4]}; each is predicted independently.
-    Empty: every code is a class, and each pixel has one class."""
+    lookup_table: str | None = None
+    """A file with the names of codes (FreeSurfer, ITK-SNAP, CSV or TSV, dataset.json), see
+    `brainfound.data.label_names.read_lookup_table`. Classes get these names, and regions may be made of names."""
+    regions: dict[str, list[int | str]] = Field(default_factory=dict)
+    """Labels made of codes, or of names in the lookup table: {whole: [1, 2, 4], hippocampus_left: [Left-Hippocampus]}.
+    They may overlap, and each is predicted independently. Empty: every code is a class."""
+    exclusive: bool = False
+    """Regions do not overlap: each pixel belongs to one of them, or to the background, which has all other codes."""
     decoder: Literal["linear", "fpn", "unetr"] = "fpn"
     """Patch embeddings → pixels: linear, fpn, or unetr (with skips from the image)."""
     decoder_width: int = Field(128, ge=8)
@@ -89,13 +96,39 @@ class SegmentationRecipe(TaskRecipe):
 
     @field_validator("regions")
     @classmethod
-    def _usable_regions(cls, value: dict[str, list[int]]) -> dict[str, list[int]]:
+    def _usable_regions(cls, value: dict[str, list[int | str]]) -> dict[str, list[int | str]]:
+        in_files: dict[str, str] = {}
         for name, codes in value.items():
-            if not re.fullmatch("[A-Za-z0-9]+", name):
-                raise ValueError(f"a region's name is part of file names: {name} must be letters and digits")
-            if not codes or min(codes) < 1:
+            if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9 ._+-]*", name):
+                raise ValueError(f"a region's name is made of letters, digits, and any of _ - . +: {name}")
+            if not codes or any(isinstance(code, int) and code < 1 for code in codes):
                 raise ValueError(f"a region is made of one or more codes above 0, such as [1, 4]: {name} is {codes}")
+            if (other := in_files.setdefault(file_label(name).lower(), name)) != name:
+                raise ValueError(f"the regions {other} and {name} would have the same file name; rename one of them")
         return value
+
+    @model_validator(mode="after")
+    def _require_regions(self) -> Self:
+        if self.exclusive and not self.regions:
+            raise ValueError("exclusive has no effect without regions; leave it out, or set task.regions")
+        return self
+
+    def read_names(self) -> dict[int, str]:
+        """The lookup table; empty without one. UsageError: it cannot be read."""
+        return {} if self.lookup_table is None else read_lookup_table(self.lookup_table)
+
+    def region_codes(self, table: Mapping[int, str]) -> dict[str, tuple[int, ...]]:
+        """The codes of each region; UsageError for a name that is not in the table."""
+        found = {}
+        for name, members in self.regions.items():
+            where, own = f"task.regions.{name}", set[int]()
+            for member in members:
+                if isinstance(member, str) and not table:
+                    what, remedy = "a name, and no table of names", "Give task.lookup_table, or the code"
+                    raise UsageError(what, where=where, got=member, remedy=remedy)
+                own.update([member] if isinstance(member, int) else find_codes(member, table, where))
+            found[name] = tuple(sorted(own))
+        return found
 
 
 @dataclass(frozen=True)
@@ -113,6 +146,8 @@ class Segmentation(Task):
     """The mask's code of each class; code 0 is background."""
     merge: bool = False
     """All nonzero codes are class 1."""
+    regions: tuple[tuple[int, ...], ...] = ()
+    """The mask's codes of each region; none where every code is a class."""
     settings: SegmentationRecipe = field(default=SegmentationRecipe(), kw_only=True, compare=False, repr=False)
 
     @classmethod
@@ -128,21 +163,27 @@ class Segmentation(Task):
         if not nonzero:
             where = f"store {store.path.name}"
             raise UsageError("every mask of the training part is empty", where=where, remedy="Check the masks")
+        table = settings.read_names()
         if settings.regions:
-            _require_regions(settings, nonzero)
-            regions = tuple(tuple(sorted(set(codes))) for codes in settings.regions.values())
-            return OverlappingSegmentation(MASK, tuple(settings.regions), regions=regions, settings=settings)
+            regions = settings.region_codes(table)
+            _require_regions(settings, regions, nonzero)
+            own: dict[str, Any] = {"regions": tuple(regions.values()), "settings": settings}
+            if not settings.exclusive:
+                return OverlappingSegmentation(MASK, tuple(regions), **own)
+            return ExclusiveSegmentation(MASK, ("background", *regions), tuple(range(len(regions) + 1)), **own)
         if settings.merge_codes:
             return cls(MASK, ("background", "foreground"), (0, 1), merge=True, settings=settings)
-        if len(nonzero) >= MAX_CODES:
-            remedy = "Merge them with --set task.merge_codes=true, or give coarser masks"
-            expected = f"fewer than {MAX_CODES}"
+        if len(nonzero) > MAX_CODES:
+            remedy = "Join them with task.regions and task.exclusive, or merge all with task.merge_codes"
+            expected = f"at most {MAX_CODES}"
             raise UsageError("too many label codes", where="mask", got=len(nonzero), expected=expected, remedy=remedy)
-        codes = (0, *sorted(nonzero))
-        return cls(MASK, ("background", *(f"label {code}" for code in codes[1:])), codes, settings=settings)
+        codes = sorted(nonzero)
+        return cls(MASK, ("background", *unique_names(codes, table)), (0, *codes), settings=settings)
 
     @classmethod
     def from_saved(cls, saved: SavedTask) -> Segmentation:
+        if saved.regions and saved.codes:
+            return ExclusiveSegmentation(saved.column, saved.names, saved.codes, regions=saved.regions)
         if saved.regions:
             return OverlappingSegmentation(saved.column, saved.names, regions=saved.regions)
         return Segmentation(saved.column, saved.names, saved.codes, saved.merge)
@@ -215,6 +256,11 @@ class Segmentation(Task):
         """Whether there are several foreground classes, or overlapping labels."""
         return self.overlapping or len(self.names) > 2
 
+    @property
+    def region_codes(self) -> dict[str, list[int]]:
+        """The mask's codes of each region, by name."""
+        return {name: list(codes) for name, codes in zip(self.names[-len(self.regions) :], self.regions, strict=True)}
+
     def structures(self, encoded: np.ndarray) -> dict[str, np.ndarray]:
         """The masks (S, H, W) to score, by class; a single class has an empty name."""
         if self.has_named_structures:
@@ -256,9 +302,6 @@ class OverlappingSegmentation(Segmentation):
 
     overlapping: ClassVar[bool] = True
 
-    regions: tuple[tuple[int, ...], ...] = ()
-    """The mask's codes of each label."""
-
     def encode_mask(self, mask: np.ndarray) -> np.ndarray:
         """Label codes (…, H, W) → 0 or 1 for each label, (…, K, H, W)."""
         return np.stack([np.isin(mask, codes) for codes in self.regions], axis=-3).astype(np.uint8)
@@ -294,6 +337,20 @@ class OverlappingSegmentation(Segmentation):
 
     def as_prediction(self, answer: np.ndarray) -> StackPrediction:
         return StackPrediction(labels=answer)
+
+
+@dataclass(frozen=True)
+class ExclusiveSegmentation(Segmentation):
+    """Regions of which each pixel belongs to one; ``codes`` number them, and all other codes are background."""
+
+    def encode_mask(self, mask: np.ndarray) -> np.ndarray:
+        table = np.zeros(max(int(mask.max()), *map(max, self.regions)) + 1, dtype=np.min_scalar_type(len(self.regions)))
+        for k, codes in enumerate(self.regions, start=1):
+            table[list(codes)] = k
+        return table[mask]
+
+    def unknown_codes(self, mask: np.ndarray) -> list[int]:
+        return []
 
 
 class SegmentationScorer:
@@ -345,17 +402,22 @@ def _over_structures(scores: _StructureScores) -> dict[str, float]:
     return means | {f"dice({name})": one.get("dice", float("nan")) for name, one in scores.items() if name}
 
 
-def _require_regions(settings: SegmentationRecipe, codes: set[int]) -> None:
+def _require_regions(settings: SegmentationRecipe, regions: Mapping[str, tuple[int, ...]], known: set[int]) -> None:
     if settings.merge_codes:
         where = "task.regions"
         raise UsageError("regions or merge_codes", where=where, got="both", remedy="Leave task.merge_codes out")
-    for name, region in settings.regions.items():
+    owners: dict[int, str] = {}
+    for name, codes in regions.items():
         where = f"task.regions.{name}"
-        if not codes & set(region):
+        if not known.intersection(codes):
             raise UsageError(
                 "no mask of the training part has a code of this region",
                 where=where,
-                got=list(region),
-                expected=f"some of {', '.join(map(str, sorted(codes)[:10]))}",
+                got=list(codes),
+                expected=f"some of {', '.join(map(str, sorted(known)[:10]))}",
                 remedy="Check the codes, or leave the region out",
             )
+        for code in codes if settings.exclusive else ():
+            if (other := owners.setdefault(code, name)) != name:
+                remedy = "Give each code to one region, or leave task.exclusive out"
+                raise UsageError(f"the code {code} is in {other} too", where=where, got=list(codes), remedy=remedy)
