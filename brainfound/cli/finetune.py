@@ -143,6 +143,8 @@ def finetune(
         if is_auto:
             print(scores["auto"]["text"])
         print(scores["verdict"]["text"])
+        if scores["part"] != "test":
+            print(f"no test part; to test it: brainfound evaluate {folder} --data OTHER_STORE --out FOLDER")
         print(folder / "export")
 
 

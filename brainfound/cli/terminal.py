@@ -197,7 +197,7 @@ def score_with_interval(result: Mapping[str, Any], name: str) -> str:
 
 
 def scores_line(result: Mapping[str, Any]) -> str:
-    """One line for the scores of a test part with their intervals and baselines."""
+    """One line for the scores of a run with their intervals and baselines."""
     from brainfound.metrics.registry import TABLE_METRICS, format_score
 
     baselines = [name for name in ("trivial", "frozen") if name in result]
@@ -206,7 +206,8 @@ def scores_line(result: Mapping[str, Any]) -> str:
         if name in TABLE_METRICS[result["task"]]:
             texts = (f"{baseline} {format_score(name, result[baseline].get(name))}" for baseline in baselines)
             parts.append(f"{name} {score_with_interval(result, name)} ({', '.join(texts)})")
-    return f"{result['task']}, {result['num_sessions']} sessions: " + ", ".join(parts)
+    where = "" if result.get("part", "test") == "test" else f" of the {result['part']}"
+    return f"{result['task']}, {result['num_sessions']} sessions{where}: " + ", ".join(parts)
 
 
 def intervals_line(results: Iterable[Mapping[str, Any]]) -> str | None:

@@ -199,6 +199,10 @@ class _Experiment:
         self.all_seeds = [self.first_recipe.seed] if self.seeds is None else list(self.seeds)
         if not self.all_seeds or len(set(self.all_seeds)) != len(self.all_seeds):
             raise UsageError("seeds must be given once each", where="seeds", got=self.all_seeds)
+        for fold in self.split.folds:
+            if "test" not in self.split.parts(fold):
+                what, remedy = "runs are compared on a test part, and the split has none", "Start one run at a time"
+                raise UsageError(what, where=f"fold {fold}", got="train and validation", remedy=remedy)
         _require_folder_names(self.split.folds, "fold", "split")
         _require_folder_names([s.name for s in self.systems if s.name], "system", "--model and --adapter")
         self.store = data if isinstance(data, Store) else Store.open(data)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from brainfound.adapters.attach import AdapterRecipe, count_parameters
 from brainfound.adapters.bundle import save_bundle
@@ -35,11 +34,11 @@ from brainfound.finetuning.recipe import (
     require_effective_settings,
     resolve_recipe,
 )
-from brainfound.finetuning.scoring import FROZEN_CASES_FILE, write_cases, write_scores
+from brainfound.finetuning.scoring import FROZEN_CASES_FILE, SessionScores, write_cases, write_scores
 from brainfound.finetuning.splits import resolve_split_file, split_sessions, write_split
 from brainfound.finetuning.tasks import TargetColumn, Task, VolumeTask, resolve
-from brainfound.finetuning.training_task import FinetuneTask, build_task
-from brainfound.finetuning.verdict import judge
+from brainfound.finetuning.training_task import FinetuneTask, build_task, scored_part
+from brainfound.finetuning.verdict import INNER_FOLDS, judge
 from brainfound.models.loading import read_history, require_start
 from brainfound.models.stack_prediction import unwrap_peft
 from brainfound.recipes import load
@@ -112,7 +111,7 @@ def finetune(
         history = read_history(model) if accelerator.is_main_process else TrainingHistory()
         caches = folder / run_folder.EMBEDDINGS_FOLDER if cache is None else Path(cache)
         if content.frozen_baseline:
-            note = "each session of the training and the test part is read once before training"
+            note = f"each session of the training and the {scored_part(parts)} part is read once before training"
             console.print(f"frozen baseline: {note}")
         training = build_task(content, store, parts, str(model), task, accelerator, caches, cache is not None)
         trained, everything = count_parameters(training.model)
@@ -186,36 +185,43 @@ def score_and_export(
     step: int,
     keep_ids: bool,
     *,
-    calibration_cases: pd.DataFrame | None = None,
+    out_of_fold: SessionScores | None = None,
     facts: Mapping[str, Any] | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> None:
     """Score the test part once, and write scores, bundle and curves; ``step`` is the last one.
 
+    Without a test part the scores are those of ``out_of_fold``, or else of the validation part.
+
     Args:
-        calibration_cases: out-of-fold answers to fit the calibration to; None: the answers on the validation part.
+        out_of_fold: answers to fit the calibration to; None: the answers on the validation part.
         facts: more entries of scores.json.
         card: facts of the model card that differ from those of a training.
     """
     store, parts, task, frozen, best = training.store, training.parts, training.task, training.frozen, training.best
     exported_step = step if best is None or best.step is None else best.step
-    test = training.score("test").with_intervals()
-    verdict = judge(task, test, None if frozen is None else frozen.scores, best)
-    if frozen is not None:
-        test = replace(test, frozen=frozen.scores.scores)
-        write_cases(folder / FROZEN_CASES_FILE, frozen.scores.cases, keep_ids)
+    part = INNER_FOLDS if "test" not in parts and out_of_fold is not None else scored_part(parts)
+    scored = out_of_fold if part == INNER_FOLDS and out_of_fold is not None else training.score_finally()
+    test = scored.with_intervals()
+    baseline = None if frozen is None else frozen.scores
+    verdict = judge(task, test, baseline, best, part)
+    if baseline is not None:
+        test = replace(test, frozen=baseline.scores)
+        write_cases(folder / FROZEN_CASES_FILE, baseline.cases, keep_ids)
     facts = {**(facts or {}), "verdict": verdict._asdict(), "last_step": step}
     if best is not None:
         facts["validation"] = best.to_dict()
     calibration = None
     if isinstance(task, VolumeTask):
-        fitted_on = "validation" if calibration_cases is None else "inner folds"
-        cases = training.score("validation").cases if calibration_cases is None else calibration_cases
+        fitted_on = "validation" if out_of_fold is None else INNER_FOLDS
+        cases = training.score("validation").cases if out_of_fold is None else out_of_fold.cases
         calibration = task.fit_calibration(cases)
-        facts["calibration"] = calibration.report(task.calibration_effect(calibration, test.cases), fitted_on)
+        # On the answers that it was fitted to it would always have the best effect.
+        effect = task.calibration_effect(calibration, test.cases) if part == "test" else {}
+        facts["calibration"] = calibration.report(effect, fitted_on)
         if curves := task.reliability(calibration, test.cases):
-            plot_reliability(curves, path=folder / RELIABILITY_FILE, title="test part")
-    scores = write_scores(folder, test, keep_ids=keep_ids, part="test", step=exported_step, **facts)
+            plot_reliability(curves, path=folder / RELIABILITY_FILE, title=f"{part} part")
+    scores = write_scores(folder, test, keep_ids=keep_ids, part=part, step=exported_step, **facts)
     save_bundle(
         folder / run_folder.EXPORT_FOLDER,
         training.model,
@@ -249,7 +255,7 @@ def finetuned_card(
     subjects = store.sessions["subject"]
     used = np.concatenate(list(parts.values()))
     sizes = {part: f"{len(own)} sessions of {subjects.iloc[own].nunique()} subjects" for part, own in parts.items()}
-    where = f"test part ({sizes['test']})"
+    where = f"{scores['part']} part ({sizes[scores['part']]})" if scores["part"] in sizes else scores["part"]
     method = load(AdapterRecipe, recipe.adapter, "adapters").method
     per_session = min(recipe.num_slices, int(store.sessions["num_slices"].iloc[parts["train"]].max()))
     columns = {"value": scores["scores"]}
@@ -301,6 +307,8 @@ def _defined(score: float | None) -> float | str:
 
 def _describe_test_subjects(history: TrainingHistory, store: Store, parts: Mapping[str, np.ndarray]) -> str:
     """Whether the tested subjects are new to the model, as far as that is recorded in its starting model's history."""
+    if "test" not in parts:
+        return "No subject was kept back for a test: its scores are of subjects that took part in choosing it."
     names, test = store.sessions["subject"].to_numpy(), parts["test"]
     seen = names[test[history.seen(store, test.tolist())]]
     if len(seen):

@@ -36,8 +36,8 @@ class SplitRecipe(Recipe):
     """Share of the subjects to train on."""
     validation: float = Field(0.1, gt=0, lt=1)
     """Share to evaluate on during training."""
-    test: float = Field(0.2, gt=0, lt=1)
-    """Share that is scored once, at the end."""
+    test: float = Field(0.2, ge=0, lt=1)
+    """Share that is scored once, at the end; 0 where another cohort is tested."""
     seed: int = Field(0, ge=0)
     """The same seed divides the same subjects in the same way in every run."""
     stratify: bool = True
@@ -227,7 +227,7 @@ def _divide_anew(recipe: SplitRecipe, store: Store, target: TargetColumn, notify
     columns = {target.name: target.columns} if recipe.stratify else {}
     columns |= {name: target_columns(store, name) for name in recipe.stratify_columns or ()}
     strata = {name: stratification_labels(store, labelled, group) for name, group in columns.items()} or None
-    shares = {part: getattr(recipe, part) for part in PARTS}
+    shares = {part: share for part in PARTS if (share := getattr(recipe, part))}
     split = dividing.split_by_subject(groups[labelled].tolist(), shares, recipe.seed, strata)
     return {part: labelled[index] for part, index in split.items()}
 
@@ -252,13 +252,12 @@ def _parts_from_file(
 def _labelled_parts(
     split: Split, fold: str | None, store: Store, labelled: np.ndarray, where: Path
 ) -> dict[str, np.ndarray]:
-    """The labelled sessions of each part; UsageError where a part is missing or has none."""
+    """The labelled sessions of each part; UsageError where a part has none, or there is no validation part."""
     parts = split.sessions(store, fold)
-    for part in PARTS:
-        if part not in parts:
-            option = "--validation 0.1" if part == "validation" else "--test 0.2"
-            remedy = f"Create it with a {part} part: brainfound split STORE NEW.json {option}"
-            raise UsageError(f"training needs the part {part!r}, and the split has none", where=where, remedy=remedy)
+    if "validation" not in parts:
+        remedy = "Create it with one: brainfound split STORE NEW.json --validation 0.1"
+        raise UsageError("training needs a validation part, and the split has none", where=where, remedy=remedy)
+    for part in parts:
         parts[part] = np.intersect1d(parts[part], labelled)
         if not len(parts[part]):
             raise UsageError(f"no labelled session of the store is in the part {part!r}", where=where)
@@ -298,7 +297,7 @@ def resolve_split_file(
         now = _labelled_parts(Split.load(given), fold, store, target.labelled, Path(given))
         then = _labelled_parts(Split.load(own), None, store, target.labelled, own)
         now = _drop_unreadable_sessions(now, store, lambda line: None)
-        if any(not np.array_equal(now[part], then[part]) for part in PARTS):
+        if now.keys() != then.keys() or any(not np.array_equal(now[part], then[part]) for part in now):
             remedy = "Leave out --split, or give another --out"
             raise UsageError("the run has another split", where=folder, got=given, remedy=remedy)
     return own, None

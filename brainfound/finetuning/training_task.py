@@ -43,8 +43,8 @@ class FrozenBaselineResult(NamedTuple):
     """Tensors of the linear model, for the bundle."""
     encoder: str
     """The hash of the backbone's weights."""
-    scores: SessionScores
-    """Scores on the test part."""
+    scores: SessionScores | None
+    """Scores on the test part; without one, on that which the run reports, if it has them."""
 
 
 class FinetuneTask(TrainTask):
@@ -145,12 +145,23 @@ class FinetuneTask(TrainTask):
             self.best.load_dict(state["best"])
 
     def score(self, part: str) -> SessionScores:
-        """Score one part of the split; surface metrics only on the test part, because they are slow."""
-        scoring = self.task.scoring if part == "test" else ScoringRecipe(empty=self.task.scoring.empty)
+        """Score one part of the split."""
+        return self._score(part, ScoringRecipe(empty=self.task.scoring.empty))
+
+    def score_finally(self) -> SessionScores:
+        """Score the part that the run reports, with the surface metrics of its recipe, which are slow."""
+        return self._score(scored_part(self.parts), self.task.scoring)
+
+    def _score(self, part: str, scoring: ScoringRecipe) -> SessionScores:
         sessions = self.parts[part].tolist()
         return score_sessions(
             self.model, self.store, sessions, self.task, self.eval_slices, cache=self.cache, scoring=scoring
         )
+
+
+def scored_part(parts: Mapping[str, np.ndarray]) -> str:
+    """The part that a run reports: test, or validation where another cohort is tested."""
+    return "test" if "test" in parts else "validation"
 
 
 def build_task(
@@ -168,7 +179,7 @@ def build_task(
     Embeddings are cached in ``caches``; with ``shared_cache``, those of the frozen baseline too.
     """
     torch.manual_seed(derive_seed(INITIALISATION, recipe.seed))
-    train, test = parts["train"].tolist(), parts["test"].tolist()
+    train, scored = parts["train"].tolist(), parts[scored_part(parts)].tolist()
     fields: dict[str, Any] = {"aggregator": recipe.aggregator, "head_dropout": recipe.head_dropout}
     fields |= task.config_fields(task.values(store, train))
     for name in ("stem", "slice_features", "feature_layers"):
@@ -193,7 +204,7 @@ def build_task(
             baseline = fit_frozen_baseline(
                 model, store, train, task, recipe.num_slices, cache=cache, folder=folder, seed=recipe.split.seed
             )
-            scores = score_frozen_baseline(baseline, store, test, scoring=task.scoring)
+            scores = score_frozen_baseline(baseline, store, scored, scoring=task.scoring)
             frozen.append(FrozenBaselineResult(baseline.tensors(), tensors_hash(model.encoder.state_dict()), scores))
 
         distributed.run_on_main_rank(fit, accelerator.is_main_process)

@@ -27,6 +27,9 @@ MAX_WORSENING = 0.1
 """Share of the best validation score by which the last one may be worse without a remark."""
 
 _FROZEN, _TRIVIAL = "a linear model on the frozen features", "the same answer for everybody"
+INNER_FOLDS = "inner folds"
+"""Stands for a part where out-of-fold answers are scored."""
+_SUBJECTS = {INNER_FOLDS: "subjects left out in turn"}
 _METRIC_WORDS = {"mae": "mean error", "auroc": "AUROC", "dice": "Dice"}
 
 
@@ -47,13 +50,16 @@ class _Baseline(NamedTuple):
     """Whether the difference from the model is more than chance."""
 
 
-def judge(task: Task, tested: SessionScores, frozen: SessionScores | None, best: BestStep | None) -> Verdict:
+def judge(
+    task: Task, tested: SessionScores, frozen: SessionScores | None, best: BestStep | None, part: str = "test"
+) -> Verdict:
     """Compare a model's answers on the test part with those of its baselines.
 
     Args:
-        tested: the model's scores on the test part.
+        tested: the model's scores on the test part, or on another part by which the model was chosen.
         frozen: those of the frozen baseline on the same sessions, if it was fitted.
         best: the validation scores of the run, if it evaluated.
+        part: the part that was scored.
     """
     metric = METRICS[PRIMARY_METRIC[task.kind]]
     score, baselines = tested.scores[metric.name], _find_baselines(task, metric.name, tested, frozen)
@@ -72,10 +78,12 @@ def judge(task: Task, tested: SessionScores, frozen: SessionScores | None, best:
     else:
         label, lead = "unclear", "Better than its baselines, but the difference may be chance"
     count = tested.cases["subject"].nunique()
-    measured = f"{_METRIC_WORDS[metric.name]} {format_score(metric.name, score)} on {count} test subjects"
+    who = _SUBJECTS.get(part, f"{part} subjects")
+    measured = f"{_METRIC_WORDS[metric.name]} {format_score(metric.name, score)} on {count} {who}"
     for baseline in baselines:
         measured += f"; {baseline.name} {format_score(metric.name, baseline.score)}"
-    sentences = [f"{lead}: {measured}", collapse, _describe_worsening(best)]
+    untested = None if part == "test" else "These subjects took part in choosing it: test it on another cohort"
+    sentences = [f"{lead}: {measured}", collapse, _describe_worsening(best), untested]
     return Verdict(label, " ".join(f"{sentence}." for sentence in sentences if sentence))  # type: ignore[arg-type]
 
 

@@ -48,6 +48,13 @@ def test_a_clearly_better_model():
     assert "\n" not in verdict.text
 
 
+def test_subjects_that_took_part_in_the_choice_are_named():
+    verdict = judge(AGE, ages(TRUTH + 2 * ERRORS), None, None, "validation")
+    assert "on 30 validation subjects" in verdict.text
+    assert verdict.text.endswith("These subjects took part in choosing it: test it on another cohort.")
+    assert "left out in turn" in judge(AGE, ages(TRUTH + 2 * ERRORS), None, None, "inner folds").text
+
+
 def test_a_difference_that_may_be_chance():
     verdict = judge(AGE, ages(TRUTH + 4.0 * ERRORS), ages(TRUTH + 4.1 * ERRORS[::-1]), None)
     assert verdict.label == "unclear"

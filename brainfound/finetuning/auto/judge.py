@@ -150,9 +150,9 @@ class Judge:
             weights = {members[k]: 1 / len(half) for k in half}
         return Choice(best, weights, *mean_and_error(own[best]), trivial)
 
-    def out_of_fold(self, choice: Choice) -> Float[np.ndarray, "n R"]:
-        """The out-of-fold scores of the winner, averaged over repeats."""
-        return np.nanmean(self.results[choice.name].scores, axis=0)
+    def out_of_fold(self, name: str) -> Float[np.ndarray, "n R"]:
+        """The out-of-fold scores of a candidate, averaged over repeats."""
+        return np.nanmean(self.results[name].scores, axis=0)
 
 
 def _better_half(scores: np.ndarray) -> np.ndarray:

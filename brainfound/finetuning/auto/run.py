@@ -39,7 +39,7 @@ from brainfound.finetuning.embedding_cache import EmbeddingCache, slice_embeddin
 from brainfound.finetuning.finetune import score_and_export
 from brainfound.finetuning.frozen_baseline import VolumeLinearProbe, score_frozen_baseline
 from brainfound.finetuning.linear_models import LabelledFeatures, standardise, subject_group_indices
-from brainfound.finetuning.scoring import SUBJECT_ROW
+from brainfound.finetuning.scoring import SUBJECT_ROW, SessionScores
 from brainfound.finetuning.splits import resolve_split_file, split_sessions, stratification_labels, write_split
 from brainfound.finetuning.tasks import Regression, TargetColumn, Task, VolumeTask, resolve
 from brainfound.finetuning.tasks.base import MASK
@@ -55,6 +55,8 @@ from brainfound.training.log import TrainingLog
 from brainfound.training.process import process_state
 from brainfound.training.randomness import INITIALISATION, derive_seed
 
+FROZEN = LinearCandidate("penalised", "cls", "mean").name
+"""The candidate that is the frozen baseline of any run."""
 NO_TIME = "no time left"
 """Begins the reason of a candidate that goes on when a run is resumed with more minutes."""
 TRIED_FILE, STATE_FILE, CANDIDATES_FOLDER = "tried.tsv", "tried.json", "candidates"
@@ -119,7 +121,7 @@ def finetune_auto(
         pool = np.sort(np.concatenate([parts["train"], parts["validation"]]))
         task = resolve(store, pool.tolist(), column, content.task)
         _require_plain_head(task)
-        task.check_parts(store, {"train": pool, "test": parts["test"]}, console.print)
+        task.check_parts(store, {**parts, "train": pool}, console.print)
         name = Path(model).name if Path(model).exists() else str(model)
         judge = _make_judge(content, store, column, pool, task)
         facts = run_folder.common_run_info(store, accelerator, content.seed)
@@ -170,7 +172,7 @@ def finetune_auto(
             objective = {TRIVIAL: "none: it answers alike for everybody"}.get(choice.name, f"linear fit: {choice.name}")
             score_and_export(
                 *(folder, training, str(model), history, 0, keep_ids),
-                calibration_cases=run.out_of_fold_cases(choice),
+                out_of_fold=run.out_of_fold(choice.name),
                 facts={"auto": about},
                 card={"objective": objective, "steps": "none: a linear model of frozen features"},
             )
@@ -407,7 +409,11 @@ class _Run:
         recipe = self.recipe.finetuning()
         model = attach_adapter(model.to(accelerator.device).eval(), load(AdapterRecipe, recipe.adapter, "adapters"))
         tensors, probe = self._frozen_baseline(model, folded, features)
-        scores = score_frozen_baseline(probe, self.store, self.parts["test"].tolist())
+        scores = None
+        if "test" in self.parts:
+            scores = score_frozen_baseline(probe, self.store, self.parts["test"].tolist())
+        elif FROZEN in self.judge.finished():
+            scores = self.out_of_fold(FROZEN)
         frozen = FrozenBaselineResult(tensors, tensors_hash(model.encoder.state_dict()), scores)
         recipe = recipe.model_copy(update={"evaluate_every": 0})
         self.notify(f"head of {count_parameters(model)[0]:,} numbers on {model.config.describe_features()}")
@@ -430,19 +436,21 @@ class _Run:
         probe = VolumeLinearProbe(model, self.task, all_means, all_stds, rows, bias, self.recipe.num_slices)
         return probe.tensors(), probe
 
-    def out_of_fold_cases(self, choice: Choice) -> pd.DataFrame:
-        """The out-of-fold answers of the winner, as a table of cases."""
-        sessions, values = self.store.sessions, self.judge.values.tolist()
+    def out_of_fold(self, name: str) -> SessionScores:
+        """The scores of a candidate on left-out subjects, its head outputs averaged over repeats."""
+        task, judge, sessions = self.task, self.judge, self.store.sessions
+        answers = [as_answer(task, scores) for scores in judge.out_of_fold(name)]
         rows = []
-        for session, group, value, scores in zip(
-            self.pool.tolist(), self.judge.groups.tolist(), values, self.judge.out_of_fold(choice), strict=True
+        for session, group, value, answer in zip(
+            self.pool.tolist(), judge.groups.tolist(), judge.values.tolist(), answers, strict=True
         ):
             who = {"row": session, SUBJECT_ROW: group, "subject": sessions["subject"].iloc[session]}
-            answer = self.task.answer_columns(as_answer(self.task, scores))
-            rows.append(
-                {**who, "session": sessions["session"].iloc[session], **self.task.truth_columns(value), **answer}
-            )
-        return pd.DataFrame(rows)
+            who["session"] = sessions["session"].iloc[session]
+            rows.append({**who, **task.truth_columns(value), **task.answer_columns(answer)})
+        trivial = [as_answer(task, scores) for scores in judge.out_of_fold(TRIVIAL)]
+        truths = judge.values.tolist()
+        scores, constant = (task.compute_scores(truths, own) for own in (answers, trivial))
+        return SessionScores(task.kind, scores, constant, pd.DataFrame(rows))
 
 
 def _log_choice(folder: Path, task: VolumeTask, choice: Choice) -> None:
