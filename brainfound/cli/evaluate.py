@@ -87,6 +87,8 @@ def evaluate(
         _print(contents, str(model))
     if line := intervals_line(contents):
         print(line)
+    if (verdict := results[0].verdict) is not None:
+        print(verdict["text"])
     if out is not None:
         print(out / PAGE_FILE)
 

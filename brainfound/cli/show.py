@@ -96,15 +96,21 @@ def _print_mapping(content: dict, indent: str = "") -> None:
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="The folder of finetune with several runs, or of evaluate --out.")],
+    folder: Annotated[
+        Path, typer.Argument(help="The folder of finetune, of one run or several, or of evaluate --out.")
+    ],
 ) -> None:
-    """Write report.md and report.png of an experiment again, from the files of its folder.
+    """Write report.md and report.png of a run or an experiment again, from the files of its folder.
 
     Needs no model and no store. The page of an unfinished experiment states its progress.
     """
+    from brainfound.experiments.folder import SUMMARY_FILE
     from brainfound.experiments.page import write_experiment_page
+    from brainfound.finetuning.scoring import SCORES_FILE
+    from brainfound.report.run_page import write_run_page
 
-    print(write_experiment_page(folder))
+    is_run = (folder / SCORES_FILE).is_file() and not (folder / SUMMARY_FILE).is_file()
+    print((write_run_page if is_run else write_experiment_page)(folder))
 
 
 def doctor(as_json: AsJson = False) -> None:

@@ -2,7 +2,7 @@
 
 The page holds the question, the scores with their baselines, the paired comparison, the data, the settings, cautions
 and the command. The picture shows a few-shot curve where the numbers of training subjects differ, bars where contrasts
-are absent, and otherwise one point per run; baselines are grey lines.
+are absent, the answers of an evaluation, and otherwise one point per run; baselines are grey lines.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from brainfound.metrics.registry import METRICS, format_score, metric_name
 from brainfound.metrics.statistics import explain_missing_interval
 from brainfound.report.cards import format_table
 from brainfound.report.figures import PALETTE, save_figure
+from brainfound.report.run_page import plot_cases
 
 _FEW_SESSIONS = 30
 """Smaller test parts get a caution."""
@@ -274,6 +275,8 @@ def _cautions(experiment: ExperimentFolder, compared: pd.DataFrame) -> list[str]
 
 def _verdict(experiment: ExperimentFolder) -> list[str]:
     """Sentences on which baselines the mean scores beat, and on the verdicts of single runs."""
+    if own := experiment.summary.get("verdict"):
+        return [f"**{own['text']}**"]
     rows = experiment.summary.get("partial_input") or experiment.summary["scores"]
     rows = [row for row in rows if row["score"] == experiment.headline and row["mean"] is not None]
     several, sentences = len(rows) > 1, []
@@ -313,10 +316,15 @@ def _command_section(summary: Mapping[str, Any]) -> str:
 
 
 def draw_figure(experiment: ExperimentFolder) -> Path | None:
-    """Draw report.png into the folder; None where there are fewer than two scores."""
+    """Draw report.png into the folder; None where there are fewer than two scores.
+
+    Of an evaluation with full input the answers are drawn.
+    """
     rows = pd.DataFrame(experiment.summary["scores"])
     partial = pd.DataFrame(experiment.summary.get("partial_input", []))
     runs = experiment.table
+    if experiment.kind == "evaluation" and partial.empty:
+        return plot_cases(experiment.cases, path=experiment.path / FIGURE_FILE)
     if partial.empty and (runs.empty or runs[experiment.headline].notna().sum() < 2):
         return None
     figure = Figure(figsize=(6.4, 3.6), dpi=140, layout="constrained")

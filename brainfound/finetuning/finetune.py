@@ -43,6 +43,7 @@ from brainfound.models.loading import read_history, require_start
 from brainfound.models.stack_prediction import unwrap_peft
 from brainfound.recipes import load
 from brainfound.report.figures import plot_reliability
+from brainfound.report.run_page import write_run_page
 from brainfound.training import distributed, run_folder
 from brainfound.training.engine import Engine
 from brainfound.training.process import describe_devices
@@ -219,8 +220,8 @@ def score_and_export(
         # On the answers that it was fitted to it would always have the best effect.
         effect = task.calibration_effect(calibration, test.cases) if part == "test" else {}
         facts["calibration"] = calibration.report(effect, fitted_on)
-        if curves := task.reliability(calibration, test.cases):
-            plot_reliability(curves, path=folder / RELIABILITY_FILE, title=f"{part} part")
+        if part == "test" and (curves := task.reliability(calibration, test.cases)):
+            plot_reliability(curves, path=folder / RELIABILITY_FILE, title="test part")
     scores = write_scores(folder, test, keep_ids=keep_ids, part=part, step=exported_step, **facts)
     save_bundle(
         folder / run_folder.EXPORT_FOLDER,
@@ -244,6 +245,7 @@ def score_and_export(
         overwrite=True,  # a run that is resumed after its last step writes it again
     )
     run_folder.write_end(folder, run_folder.DONE, exported_step, step)
+    write_run_page(folder)
 
 
 def finetuned_card(

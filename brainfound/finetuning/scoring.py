@@ -59,6 +59,8 @@ class SessionScores:
     intervals: dict[str, ScoreInterval] | None = None
     """Intervals of the scores that tables show; None before `with_intervals`."""
     notes: tuple[str, ...] = ()
+    verdict: dict[str, str] | None = None
+    """``label`` and ``text`` of `brainfound.finetuning.verdict`, of an evaluation."""
 
     @property
     def headline(self) -> tuple[str, float, float]:
@@ -89,6 +91,8 @@ class SessionScores:
         }
         if self.notes:
             content["notes"] = list(self.notes)
+        if self.verdict is not None:
+            content["verdict"] = self.verdict
         if self.frozen is not None:
             content["frozen"] = nan_as_none(self.frozen)
         if self.intervals is not None:

@@ -45,6 +45,7 @@ from brainfound.files import nan_as_none, require_json
 from brainfound.finetuning.frozen_baseline import NoFrozenBaselineError, load_frozen_baseline, scoring_from_bundle
 from brainfound.finetuning.scoring import SessionScores, score_predictions
 from brainfound.finetuning.tasks import ScoringRecipe, TargetColumn, Task, from_dict
+from brainfound.finetuning.verdict import judge
 from brainfound.inference.ensemble import EnsemblePredictor
 from brainfound.inference.loading import load_with_bundles
 from brainfound.inference.predictor import Predictor
@@ -109,6 +110,8 @@ def write_evaluation(
     for row in content["scores"]:
         if (own := intervals.get(row["score"])) is not None:
             row["interval"] = nan_as_none({"low": own.low, "high": own.high}) | {"num_subjects": own.num_subjects}
+    if results[0].verdict is not None:
+        content["verdict"] = results[0].verdict
     if notes := list(dict.fromkeys(line for result in results for line in result.notes)):
         content["notes"] = notes
     if len(results) > 1:
@@ -244,11 +247,13 @@ def evaluate(
         answer = partial(_answer, predictor, without=absent)
         scored = score_predictions(answer, store, sessions, target, absent, progress, scoring)
         notes = (*general, *scored.notes, *_absence_notes(predictor.contract, store, scored))
-        frozen_scores = None
+        linear = None
         if baseline is not None:
-            linear = partial(baseline, without=absent)
-            frozen_scores = score_predictions(linear, store, sessions, target, absent, progress, scoring).scores
-        results.append(replace(scored, notes=notes, frozen=frozen_scores))
+            answer = partial(baseline, without=absent)
+            linear = score_predictions(answer, store, sessions, target, absent, progress, scoring)
+        verdict = judge(target, scored, linear, None, part)._asdict()
+        frozen_scores = None if linear is None else linear.scores
+        results.append(replace(scored, notes=notes, frozen=frozen_scores, verdict=verdict))
     if out is not None:
         on = f"the {part} part of its own store" if own else "another store, without the subjects of its fine-tuning"
         if not splits:
