@@ -28,6 +28,7 @@ from brainfound.data.splits.training_history import TrainingHistory, hash_split
 from brainfound.data.store import Store
 from brainfound.data.store.store import restrict_contrasts
 from brainfound.errors import UsageError
+from brainfound.finetuning.fitted_heads import fold_standardisation
 from brainfound.finetuning.recipe import (
     CHANGEABLE_ON_RESUME,
     FinetuneRecipe,
@@ -134,6 +135,7 @@ def finetune(
         if training.best is not None:
             training.best.restore()
             console.print(f"exported: {training.best.describe()}")
+        fold_standardisation(training.model)
         distributed.run_on_main_rank(
             lambda: score_and_export(folder, training, str(model), history, engine.step, keep_ids),
             accelerator.is_main_process,

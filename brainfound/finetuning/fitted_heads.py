@@ -78,11 +78,40 @@ def fit_head(model: Any, task: VolumeTask, passes: AugmentedPasses) -> None:
 
 
 def _set_layer(layer: Any, weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
-    """Write a linear model of standardised features into the first rows of a layer that reads the raw features."""
-    weight = weight / std
+    """Write a linear model of standardised features into the first rows of a layer, which standardises from now on.
+
+    Raw features are large, and far from 0 in a direction that all volumes share: a step of the size that suits
+    standardised ones moves all answers at once, and undoes the fit.
+    """
     rows = torch.from_numpy(weight).reshape(len(weight), *layer.weight.shape[1:])
     layer.weight[: len(rows)] = rows.to(layer.weight)
-    layer.bias[: len(rows)] = torch.from_numpy(bias - weight @ mean).to(layer.bias)
+    layer.bias[: len(rows)] = torch.from_numpy(bias).to(layer.bias)
+    shape = -1, *[1] * (layer.weight.dim() - 2)
+    for name, values in (("input_mean", mean), ("input_std", std)):
+        # Not saved: a resumed run fits again, and an exported model has them in its weights.
+        layer.register_buffer(name, torch.from_numpy(values).to(layer.weight).reshape(shape), persistent=False)
+    layer.register_forward_pre_hook(_standardise_input)
+
+
+def _standardise_input(layer: Any, arguments: tuple[Tensor]) -> tuple[Tensor]:
+    return ((arguments[0] - layer.input_mean) / layer.input_std,)
+
+
+@torch.no_grad()
+def fold_standardisation(model: nn.Module) -> None:
+    """Move the standardisation of a fitted last layer into its weights: the model answers as before."""
+    for layer in model.modules():
+        if "input_mean" not in layer._buffers:
+            continue
+        fitted: Any = layer
+        mean, std = fitted.input_mean.flatten().double(), fitted.input_std.flatten().double()
+        weight = fitted.weight.double().reshape(len(fitted.weight), -1) / std
+        fitted.bias.copy_(fitted.bias.double() - weight @ mean)
+        fitted.weight.copy_(weight.reshape(fitted.weight.shape))
+        del fitted.input_mean, fitted.input_std
+        for key, hook in list(fitted._forward_pre_hooks.items()):
+            if hook is _standardise_input:
+                del fitted._forward_pre_hooks[key]
 
 
 @torch.no_grad()

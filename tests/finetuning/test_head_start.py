@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from brainfound.finetuning.fitted_heads import AugmentedPasses, fit_head
+from brainfound.finetuning.fitted_heads import AugmentedPasses, fit_head, fold_standardisation
 from brainfound.finetuning.linear_models import subject_folds, subject_group_indices
 from brainfound.finetuning.tasks import resolve
 from brainfound.finetuning.volumes import VolumeAugmentation, VolumeReader
@@ -43,6 +45,30 @@ def test_a_fitted_regression_starts_better_than_a_random_one(small_store, tiny_b
     fit_head(model, target, AugmentedPasses(VolumeReader(small_store, train, 50), STILL, 2, 4, seed=0))
     after = (answers(model, small_store, test) - ages).abs().mean()
     assert after < 0.7 * before
+
+
+def test_the_fitted_layer_standardises_until_it_is_folded(small_store, tiny_backbone):
+    """One step at the same rate moves the answers of raw features together, and those of standardised ones hardly."""
+    target, train, test = held_out(small_store, "age_years", "regression")
+    model = BrainFoundForRegression.from_backbone(
+        tiny_backbone, contrasts=small_store.contrasts, target_mean=target.mean, target_std=target.std
+    )
+    names = set(model.state_dict())
+    fit_head(model, target, AugmentedPasses(VolumeReader(small_store, train, 50), STILL, 2, 4, seed=0))
+    assert set(model.state_dict()) == names, "nothing more is saved"
+    shared = model.head.score.input_mean.sign()  # the signs of a gradient that all volumes share
+    folded = copy.deepcopy(model)
+    fold_standardisation(folded)
+    before = answers(model, small_store, test)
+    torch.testing.assert_close(answers(folded, small_store, test), before, rtol=1e-4, atol=1e-3)
+    assert not folded.head.score._forward_pre_hooks
+    assert not hasattr(folded.head.score, "input_mean")
+    shifts = []
+    for one in (model, folded):
+        with torch.no_grad():
+            one.head.score.weight += 0.01 * shared
+        shifts.append((answers(one, small_store, test) - before).mean().abs())
+    assert shifts[0] < 0.5 * shifts[1]
 
 
 def test_a_fitted_classification_starts_better_than_a_random_one(small_store, tiny_backbone):
