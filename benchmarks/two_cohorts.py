@@ -37,6 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a ViT or an export of BrainFound")
     parser.add_argument("--work", type=Path, required=True, help="folder for stores and features; kept and reused")
     parser.add_argument("--out", type=Path, help="file for the JSON")
+    parser.add_argument("--picture", type=Path, help="file for the curves over the number of subjects, PNG")
     parser.add_argument("--splits", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=0, help="seed of the first split")
     parser.add_argument("--slices", type=int, default=24, help="per volume")
@@ -207,6 +208,29 @@ def external(source: Data, other: Data, target: str) -> dict[str, Any]:
     return {name: scores[name] for name in (AUTO, FROZEN, TRIVIAL)}
 
 
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """The score over the number of learning subjects, a panel per target and cohort."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = {**results["few"], **results["repeated"]}
+    panels = [name.removesuffix(", all") for name in results["repeated"] if ", log_loss," not in name]
+    figure = Figure(figsize=(8, 5.6), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    styles = {AUTO: ("#0072B2", "-"), FROZEN: ("#D55E00", "--"), TRIVIAL: ("#777777", ":")}
+    for axes, panel in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        own = sorted((row for name, row in rows.items() if name.startswith(panel)), key=lambda row: row["num_learn"])
+        counts = [row["num_learn"] for row in own]
+        for name, (colour, style) in styles.items():
+            label = {FROZEN: "linear on frozen features", TRIVIAL: "the same for everybody"}.get(name, name)
+            axes.plot(counts, [row["means"][name] for row in own], style, color=colour, marker="o", label=label)
+        axes.set_title(panel.rpartition(",")[0], fontsize=9)
+        axes.set(xlabel="learning subjects", ylabel="MAE, years" if "mae" in panel else "AUROC", xticks=counts)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     use_one_thread(offline=True)
@@ -231,6 +255,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps(results, indent=1))
     if options.out is not None:
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if options.picture is not None:
+        draw(results, options.picture)
 
 
 if __name__ == "__main__":

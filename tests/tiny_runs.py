@@ -91,6 +91,7 @@ def _one_thread():
 def _no_pictures(monkeypatch: pytest.MonkeyPatch):
     """Pictures take longer than tiny runs; those of the session's finished run are drawn."""
     monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
+    monkeypatch.setattr("brainfound.report.run_page.plot_cases", lambda cases, path, target: None)
 
 
 @pytest.fixture(autouse=True, scope="session")

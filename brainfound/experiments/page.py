@@ -324,7 +324,7 @@ def draw_figure(experiment: ExperimentFolder) -> Path | None:
     partial = pd.DataFrame(experiment.summary.get("partial_input", []))
     runs = experiment.table
     if experiment.kind == "evaluation" and partial.empty:
-        return plot_cases(experiment.cases, path=experiment.path / FIGURE_FILE)
+        return plot_cases(experiment.cases, path=experiment.path / FIGURE_FILE, target=experiment.summary["target"])
     if partial.empty and (runs.empty or runs[experiment.headline].notna().sum() < 2):
         return None
     figure = Figure(figsize=(6.4, 3.6), dpi=140, layout="constrained")

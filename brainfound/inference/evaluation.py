@@ -211,16 +211,9 @@ def evaluate(
     labelled = TargetColumn.find(store, target.column).labelled
     labelled = labelled[store.present[labelled].any(axis=1)]  # all, unless the model reads only some contrasts
     sessions = _select_sessions(splits, store, labelled, part)
+    own = any(split["data_hash"] == store.content_hash for split in splits)
     if not sessions:
-        members = len(bundles) > 1
-        raise UsageError(
-            "no labelled session of the store may be scored",
-            where=store.path,
-            got=f"only subjects that {'a member' if members else 'the model'} was trained on",
-            remedy="Give a cohort of other subjects; scores of each fold are in the experiment's report.md"
-            if members
-            else "Give the store of the run, or a cohort of other subjects",
-        )
+        raise _nobody_to_score(splits, store, labelled, own)
     candidates = _select_sessions(splits, store, np.flatnonzero(store.present.any(axis=1)), part)
     missing = len(candidates) - len(sessions)
     general = [f"{missing} of {len(candidates)} sessions have no {target.column}: not scored"] if missing else []
@@ -228,7 +221,6 @@ def evaluate(
     if part == "test" and seen:
         what = "by name or image, of subjects in the training data of the model that the fine-tuning started from"
         general.append(f"{seen} of {len(sessions)} sessions are, {what}")
-    own = any(split["data_hash"] == store.content_hash for split in splits)
     if splits and not own:
         general += _notes_on_left_out(splits, store, labelled)
     baseline = None
@@ -281,6 +273,20 @@ def require_same_preprocessing(predictor: Predictor, store: Store) -> None:
             got="; ".join(f"{key} {own[key]} instead of {models[key]}" for key in own if own[key] != models[key]),
             remedy="Prepare it with the model's preprocessing: brainfound prepare SOURCE STORE --like MODEL",
         )
+
+
+def _nobody_to_score(splits: Sequence[dict[str, Any]], store: Store, labelled: np.ndarray, own: bool) -> UsageError:
+    members, remedy = len(splits) > 1, "Give the store of the run, or a cohort of other subjects"
+    if not own and not any(image_in_training(split, store, labelled.tolist()).any() for split in splits):
+        remedy = "They agree by name only: if they are other people, prepare them from a manifest with other names"
+    elif members:
+        remedy = "Give a cohort of other subjects; scores of each fold are in the experiment's report.md"
+    return UsageError(
+        "no labelled session of the store may be scored",
+        where=store.path,
+        got=f"only subjects that {'a member' if members else 'the model'} was trained on",
+        remedy=remedy,
+    )
 
 
 def _answer(predictor: Predictor, session: int, stack: Stack, without: Sequence[str]) -> StackPrediction:

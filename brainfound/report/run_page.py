@@ -30,7 +30,7 @@ def write_run_page(folder: str | Path) -> Path:
     folder, remedy = Path(folder), "Go on with the run: the same command and --resume"
     scores, facts = require_json(folder / "scores.json", remedy), require_json(folder / "run.json", remedy)
     cases = read_cases_table(folder / "cases.tsv")
-    picture = plot_cases(cases, path=folder / FIGURE_FILE)
+    picture = plot_cases(cases, path=folder / FIGURE_FILE, target=facts["target"]["column"])
     parts = [
         f"# {facts['target']['column']}: {scores['task']}, {folder.name}",
         f"**{scores['verdict']['text']}**",
@@ -88,8 +88,8 @@ def _run_section(scores: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     return "## Run\n\n" + "\n".join([*(f"- {name}: {value}" for name, value in lines.items()), *notes])
 
 
-def plot_cases(cases: pd.DataFrame, *, path: str | Path) -> Path | None:
-    """Draw the answers of a table of cases: None for several labels, or an empty table.
+def plot_cases(cases: pd.DataFrame, *, path: str | Path, target: str = "label") -> Path | None:
+    """Draw the answers of a table of cases: None for several labels, or an empty table. ``target`` names an axis.
 
     A regression is drawn against its labels, two classes as the probability of the second, more as a confusion matrix,
     a segmentation as the Dice of each structure.
@@ -103,7 +103,7 @@ def plot_cases(cases: pd.DataFrame, *, path: str | Path) -> Path | None:
     if "dice" in cases:
         _draw_dice(axes, cases)
     elif "prediction" in cases:
-        _draw_regression(axes, cases)
+        _draw_regression(axes, cases, target)
     elif len(probabilities) == 2:
         _draw_two_classes(axes, cases, probabilities)
     elif probabilities:
@@ -114,13 +114,13 @@ def plot_cases(cases: pd.DataFrame, *, path: str | Path) -> Path | None:
     return save_figure(figure, path)
 
 
-def _draw_regression(axes: Axes, cases: pd.DataFrame) -> None:
+def _draw_regression(axes: Axes, cases: pd.DataFrame, target: str) -> None:
     truth, answer = cases["truth"].astype(float).to_numpy(), cases["prediction"].to_numpy(dtype=float)
     ends = [min(truth.min(), answer.min()), max(truth.max(), answer.max())]
-    axes.plot(ends, ends, color=_GREY, linewidth=1, label="right")
+    axes.plot(ends, ends, color=_GREY, linewidth=1, label="answer = label")
     axes.axhline(answer.mean(), color=_GREY, linewidth=1, linestyle=":", label="mean answer")
     axes.scatter(truth, answer, s=18, color=PALETTE[0], alpha=0.7, linewidths=0)
-    axes.set(xlabel="label", ylabel="answer")
+    axes.set(xlabel=f"{target}, label", ylabel=f"{target}, answer")
     axes.legend(frameon=False, fontsize=8)
 
 

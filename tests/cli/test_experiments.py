@@ -33,6 +33,16 @@ def test_two_adapters_are_compared_and_the_page_is_written_again(
     assert (again.code, (out / "report.md").read_text()) == (0, page)
 
 
+def test_a_single_run_has_a_page_that_is_written_again(cli, segmenter):
+    page = (segmenter / "report.md").read_text()
+    assert "## Scores" in page
+    (segmenter / "report.md").unlink()
+    answer = cli("report", segmenter, quiet=False)
+    assert (answer.code, answer.out.strip()) == (0, str(segmenter / "report.md"))
+    assert (segmenter / "report.md").read_text().split("![")[0] == page.split("![")[0]
+    assert (segmenter / "report.png").is_file()
+
+
 def test_an_evaluation_shows_what_was_requested(cli, segmenter, small_store):
     asked = ("--surface-mm", "2", "--empty", "one", "--no-frozen")
     plain, full = (

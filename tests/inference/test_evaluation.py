@@ -145,6 +145,19 @@ def test_the_drop_is_against_full_input_on_the_same_sessions(run, small_store):
     )
 
 
+def test_other_people_with_the_same_names_need_other_names(run, source, small_store, make_cohort, tmp_path):
+    make_cohort(tmp_path / "source", num_subjects=3, seed=9)
+    table = pd.read_csv(tmp_path / "source" / "manifest.tsv", sep="\t", dtype=str)
+    learnt = sorted(subjects_by_part(run)["train"])
+    names = dict(zip(sorted(set(table["subject"])), learnt, strict=False))
+    table.assign(subject=table["subject"].map(names)).to_csv(
+        tmp_path / "source" / "manifest.tsv", sep="\t", index=False
+    )
+    other = prepare(tmp_path / "source", tmp_path / "store", small_store.preprocessing)
+    with pytest.raises(UsageError, match="by name only: if they are other people.*manifest with other names"):
+        evaluate(run, other)
+
+
 def test_an_evaluation_leaves_a_page_that_names_nobody(run, small_store, tmp_path):
     results = evaluate(run, small_store, partial_input=True, out=tmp_path / "page", command="brainfound evaluate run")
     page = (tmp_path / "page" / "report.md").read_text()
@@ -157,7 +170,10 @@ def test_an_evaluation_leaves_a_page_that_names_nobody(run, small_store, tmp_pat
     text = "".join(file.read_text() for file in (tmp_path / "page").iterdir() if file.suffix != ".png")
     assert not any(f"{name}" in text for name in small_store.sessions["subject"])
     assert str(tmp_path) not in text
-    evaluate(run, small_store, out=tmp_path / "page")  # replaces its own
+    (whole,) = evaluate(run, small_store, out=tmp_path / "page")  # replaces its own
+    page = (tmp_path / "page" / "report.md").read_text()
+    assert f"**{whole.verdict['text']}**" in page.split("## Scores")[0]
+    assert "![scores in a picture](report.png)" in page
     (tmp_path / "page" / "summary.json").write_text('{"kind": ')
     with pytest.raises(BrainFoundError, match=r"summary\.json: not valid JSON.*another --out"):
         evaluate(run, small_store, out=tmp_path / "page")
