@@ -23,7 +23,7 @@ from brainfound.errors import UsageError, mistaken_for
 from brainfound.experiments.folder import RUNS_FILE, SUMMARY_FILE, ExperimentFolder
 from brainfound.finetuning.scoring import CASES_FILE, FROZEN_CASES_FILE, SUBJECT_ROW, read_cases, read_scores
 from brainfound.metrics.cases import list_table_metrics
-from brainfound.training.run_folder import FACTS_FILE, read_facts
+from brainfound.training.run_folder import FACTS_FILE, read_facts, short_name
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,6 @@ def make_subset_systems(system: SystemSpec, contrasts: Sequence[str]) -> list[Sy
     if len(contrasts) < 2:
         raise UsageError("partial input needs two contrasts or more", where="--partial-input", got=", ".join(contrasts))
     return [replace(system, name="+".join(subset), contrasts=subset) for subset in non_empty_subsets(contrasts)]
-
-
-def short_name(model: str | Path) -> str:
-    """The last part of the id or path of a model, or the name of its run, for pages that should not show folders."""
-    path = Path(model)
-    return path.parent.name if path.name == "export" and path.parent.name else path.name
 
 
 def _parse_start(text: str) -> tuple[str, str]:

@@ -106,7 +106,7 @@ def finetune(
             return folder
         require_start(model)
         parts, task = resolve_parts_and_task(content, store, column, split_file, fold, console.print)
-        name = Path(model).name if Path(model).exists() else str(model)
+        name = run_folder.short_name(model) if Path(model).exists() else str(model)
         if resume:
             _require_same_model_and_task(folder, name, task)
         # Now: the folder may be gone or hold another model by the end.

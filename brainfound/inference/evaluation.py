@@ -40,7 +40,7 @@ from brainfound.experiments.folder import (
     to_json_records,
 )
 from brainfound.experiments.page import write_experiment_page
-from brainfound.experiments.systems import non_empty_subsets, short_name
+from brainfound.experiments.systems import non_empty_subsets
 from brainfound.files import nan_as_none, require_json
 from brainfound.finetuning.frozen_baseline import NoFrozenBaselineError, load_frozen_baseline, scoring_from_bundle
 from brainfound.finetuning.scoring import SessionScores, score_predictions
@@ -53,6 +53,7 @@ from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.registry import METRICS, PRIMARY_METRIC, EmptyCase
 from brainfound.models.stack_prediction import StackPrediction
 from brainfound.recipes import validate
+from brainfound.training.run_folder import short_name
 
 _KIND = "evaluation"
 

@@ -129,6 +129,12 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def short_name(model: str | Path) -> str:
+    """The last part of the id or path of a model, or the name of its run, for pages that should not show folders."""
+    path = Path(model)
+    return path.parent.name if path.name == "export" and path.parent.name else path.name
+
+
 def read_facts(folder: Path, *names: str) -> dict[str, Any]:
     """The content of a run's run.json; TrainingError if it cannot be read, or lacks one of `names`."""
     path, remedy = folder / FACTS_FILE, "Put back the run.json that the run wrote"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from brainfound.errors import UsageError
-from brainfound.experiments.systems import SystemSpec, make_subset_systems, parse_systems, short_name
+from brainfound.experiments.systems import SystemSpec, make_subset_systems, parse_systems
+from brainfound.training.run_folder import short_name
 
 
 def test_one_start_and_one_adapter_have_no_name():

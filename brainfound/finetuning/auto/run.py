@@ -122,7 +122,7 @@ def finetune_auto(
         task = resolve(store, pool.tolist(), column, content.task)
         _require_plain_head(task)
         task.check_parts(store, {**parts, "train": pool}, console.print)
-        name = Path(model).name if Path(model).exists() else str(model)
+        name = run_folder.short_name(model) if Path(model).exists() else str(model)
         judge = _make_judge(content, store, column, pool, task)
         facts = run_folder.common_run_info(store, accelerator, content.seed)
         facts |= {"kind": "finetune", "model": name, "target": task.to_dict()}
