@@ -57,11 +57,11 @@ def test_wrong_options_are_one_line(cli, small_store, tiny_backbone, tmp_path, o
     assert re.search(expected, answer.line), answer.line
 
 
-def test_a_mask_and_a_time_limit_without_auto_are_one_line(cli, small_store, tiny_backbone, tmp_path):
+def test_no_candidate_and_a_time_limit_without_auto_are_one_line(cli, small_store, tiny_backbone, tmp_path):
     place = ["--data", small_store.path, "--model", tiny_backbone, "--out", tmp_path / "run"]
-    answer = cli("finetune", "auto", *place, "--target", "mask")
+    answer = cli("finetune", "auto", *place, "--target", "mask", "--set", "trained={}")
     assert answer.code == 2
-    assert "classification and regression" in answer.line
+    assert "there is no candidate" in answer.line
     answer = cli("finetune", "finetune-regression", *place, "--target", "age_years", "--minutes", "5")
     assert answer.code == 2
     assert "only the recipe auto" in answer.line
@@ -76,6 +76,7 @@ def test_every_verb_reads_the_run(cli, auto_run, small_store, source, tmp_path):
         ["predict", auto_run, f"T1w={scan}", "--out", tmp_path / "answers"],
         ["evaluate", auto_run, "--data", small_store.path, "--out", tmp_path / "evaluated"],
         ["compare", auto_run, "--frozen"],
+        ["report", auto_run],
     ):
         answer = cli(*arguments, quiet=False)
         assert answer.code == 0, (arguments, answer.err)
