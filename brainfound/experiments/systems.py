@@ -21,7 +21,14 @@ import pandas as pd
 
 from brainfound.errors import UsageError, mistaken_for
 from brainfound.experiments.folder import RUNS_FILE, SUMMARY_FILE, ExperimentFolder
-from brainfound.finetuning.scoring import CASES_FILE, FROZEN_CASES_FILE, SUBJECT_ROW, read_cases, read_scores
+from brainfound.finetuning.scoring import (
+    CASES_FILE,
+    FROZEN_CASES_FILE,
+    SCORES_FILE,
+    SUBJECT_ROW,
+    read_cases,
+    read_scores,
+)
 from brainfound.metrics.cases import list_table_metrics
 from brainfound.training.run_folder import FACTS_FILE, read_facts, short_name
 
@@ -216,7 +223,8 @@ def _read_facts(run: Path) -> dict[str, Any]:
     if facts.get("kind") != "finetune":
         remedy = "Give a folder that finetune wrote"
         raise UsageError("not a run of fine-tuning", where=run, got=facts.get("kind"), remedy=remedy)
-    if (part := read_scores(run)["part"]) != "test":
+    part = read_scores(run).get("part", "test") if (run / SCORES_FILE).is_file() else "test"
+    if part != "test":
         what = "the run has no test part: its own subjects took part in choosing it"
         remedy = "Compare tests on another cohort: brainfound evaluate RUN --data STORE --out FOLDER"
         raise UsageError(what, where=run, got=f"scores of the {part}", remedy=remedy)

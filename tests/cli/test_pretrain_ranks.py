@@ -20,7 +20,9 @@ def test_one_rank_prints_the_export(monkeypatch, capsys, is_main):
     monkeypatch.setattr("accelerate.PartialState", Rank)
     monkeypatch.setattr("brainfound.pretraining.pretrain.pretrain", lambda *_, **__: Path("runs/a"))
     monkeypatch.setattr("brainfound.finetuning.finetune.finetune", lambda *_, **__: Path("runs/b"))
-    monkeypatch.setattr("brainfound.finetuning.scoring.read_scores", lambda folder: {"verdict": {"text": "verdict"}})
+    monkeypatch.setattr(
+        "brainfound.finetuning.scoring.read_scores", lambda folder: {"part": "test", "verdict": {"text": "verdict"}}
+    )
     monkeypatch.setattr("brainfound.cli.finetune.scores_line", lambda scores: "scores")
     pretrain("recipe")
     finetune("finetune-regression", Path("store"), ["model"], "target")
