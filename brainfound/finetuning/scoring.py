@@ -60,7 +60,7 @@ class SessionScores:
     """Intervals of the scores that tables show; None before `with_intervals`."""
     notes: tuple[str, ...] = ()
     verdict: dict[str, str] | None = None
-    """``label`` and ``text`` of `brainfound.finetuning.verdict`, of an evaluation."""
+    """``label`` and ``text`` of `brainfound.finetuning.verdict`, of the first input of an evaluation."""
 
     @property
     def headline(self) -> tuple[str, float, float]:

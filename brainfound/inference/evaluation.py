@@ -235,7 +235,7 @@ def evaluate(
     choices: list[tuple[str, ...]] = [tuple(without)]
     if partial_input:
         choices = [tuple(c for c in store.shown if c not in subset) for subset in non_empty_subsets(store.shown)]
-    results = []
+    results: list[SessionScores] = []
     for absent in choices:
         answer = partial(_answer, predictor, without=absent)
         scored = score_predictions(answer, store, sessions, target, absent, progress, scoring)
@@ -244,7 +244,7 @@ def evaluate(
         if baseline is not None:
             answer = partial(baseline, without=absent)
             linear = score_predictions(answer, store, sessions, target, absent, progress, scoring)
-        verdict = judge(target, scored, linear, None, part)._asdict()
+        verdict = None if results else judge(target, scored, linear, None, part)._asdict()  # of the first input
         frozen_scores = None if linear is None else linear.scores
         results.append(replace(scored, notes=notes, frozen=frozen_scores, verdict=verdict))
     if out is not None:
