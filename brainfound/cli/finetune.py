@@ -64,7 +64,7 @@ def finetune(
     """Fine-tune on a target: classification, regression, or segmentation of the mask.
 
     With the recipe auto, candidates from linear models of frozen features to full fine-tuning are compared by inner
-    cross-validation, as far as --minutes allow, and the best one is exported (classification and regression).
+    cross-validation, as far as --minutes allow, and the best one is exported.
 
     Subjects are divided into train, validation and test. The test part is scored once, with a trivial and a frozen
     baseline. `brainfound predict` reads the run folder. --folds, --shots, --subjects, --leave-site-out, --seeds,

@@ -73,6 +73,8 @@ def _read_table(text: str) -> list[tuple[int, str]]:
     words = [k for k in range(len(header)) if k not in numbers]
     if not numbers or not words:
         return []
+    if re.fullmatch(r"\d+", header[numbers[0]].strip()):
+        rows = [header, *rows]  # a table without a header
     named = next((k for k in words if header[k].strip().lower() in ("name", "structure", "region")), words[-1])
     return [(int(row[numbers[0]]), row[named].strip()) for row in rows]
 

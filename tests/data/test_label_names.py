@@ -41,6 +41,7 @@ SNAP = """# ITK-SnAP Label Description File
         ("snap.label", SNAP, {2: "edema"}),
         ("muse.csv", "Index,Code,Name\n47,MUSE_47,Hippocampus_R\n48,MUSE_48,Hippocampus_L\n", {48: "Hippocampus_L"}),
         ("table.tsv", "\ufeffname\tindex\nedema\t2\ncore\t3\n", {2: "edema", 3: "core"}),
+        ("plain.csv", "4,vl\n43,vr\n", {4: "vl", 43: "vr"}),
         ("dataset.json", json.dumps({"labels": {"background": 0, "edema": 2, "core": [1, 3]}}), {2: "edema"}),
         ("dataset.json", json.dumps({"labels": {"0": "background", "2": "edema"}}), {2: "edema"}),
     ],
