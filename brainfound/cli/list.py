@@ -38,6 +38,8 @@ def list_(
     """List recipes, adapters, contrasts, or what a cohort holds."""
     if kind not in KINDS:
         raise UsageError(f"cannot list {kind!r}", remedy=did_you_mean(kind, KINDS))
+    if lookup_table is not None and not labels:
+        raise UsageError("names of codes, and no codes", where="--lookup-table", remedy="Add --labels")
     if kind == "cohort":
         _list_cohort(path, sessions=sessions, labels=labels, lookup_table=lookup_table, as_json=as_json)
         return

@@ -153,7 +153,9 @@ def mirrored_channels(names: Sequence[str]) -> tuple[int, ...]:
 
 
 def has_sides(names: Sequence[str]) -> bool:
-    """Whether a label names a side, with or without a label for the other side."""
+    """Whether a label names a side, with or without a label for the other side, also glued to another word."""
+    if any(re.search("^(left|right)|(left|(?<!b)right)$", name, re.IGNORECASE) for name in names):
+        return True
     try:
         return mirrored_channels(names) != tuple(range(len(names)))
     except UsageError:

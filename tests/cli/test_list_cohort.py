@@ -150,6 +150,7 @@ def test_a_label_map_that_is_listed_as_a_scan_is_rejected(tmp_path, write_scan):
     ("arguments", "message"),
     [
         (["list", "cohort"], "path of the cohort is missing"),
+        (["list", "cohort", "x", "--lookup-table", "lut.txt"], "Add --labels"),
         (["list", "recipes", "--labels"], "--labels goes with `cohort` only"),
         (["show", "pretrain-demo", "--labels"], "label codes are of a store"),
         (["list", "recipes", "--sessions"], "goes with `cohort` only"),

@@ -92,7 +92,13 @@ def test_names_in_files_have_letters_and_digits():
 
 @pytest.mark.parametrize(
     ("names", "sided"),
-    [(("edema", "core"), False), (("Left-Hippocampus", "Right-Hippocampus"), True), (("hippocampus_l", "core"), True)],
+    [
+        (("edema", "core"), False),
+        (("Left-Hippocampus", "Right-Hippocampus"), True),
+        (("hippocampus_l", "core"), True),
+        (("lesionleft",), True),
+        (("bright",), False),
+    ],
 )
 def test_sides_are_noticed_with_and_without_a_partner(names, sided):
     assert has_sides(names) is sided
