@@ -15,7 +15,7 @@ from brainfound.adapters import load_bundle
 from brainfound.errors import RecipeError, UsageError
 from brainfound.finetuning.auto import run as auto_run
 from brainfound.finetuning.auto.features import LinearModel, choose_blocks, fold, volume_features
-from brainfound.finetuning.auto.judge import TRIVIAL, Choice, Judge
+from brainfound.finetuning.auto.judge import TRIVIAL, Choice, Judge, make_judge
 from brainfound.finetuning.auto.linear import fit_candidate, losses, trivial_scores
 from brainfound.finetuning.auto.recipe import AutoRecipe, LinearCandidate, LinearRecipe
 from brainfound.finetuning.auto.run import finetune_auto
@@ -153,7 +153,7 @@ def test_sessions_of_a_subject_and_linked_subjects_stay_in_one_inner_fold(store)
     other = copy.copy(store)
     other.sessions = store.sessions.assign(subject=[f"s{number // 2}" for number in range(len(store))])
     column, pool = TargetColumn.find(other, "age_years"), np.arange(len(other))
-    judge = auto_run._make_judge(auto_recipe(), other, column, pool, resolve(other, pool.tolist(), column))
+    judge = make_judge(auto_recipe(), other, column, pool, resolve(other, pool.tolist(), column))
     for folds in judge.repeats:
         assert sorted(np.concatenate([test for _, test in folds])) == pool.tolist()
         for train, held_out in folds:

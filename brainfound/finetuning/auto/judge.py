@@ -17,13 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from brainfound.data.splits import dividing
+from brainfound.data.splits.split_file import get_split_groups
+from brainfound.data.store import Store
+from brainfound.errors import UsageError
 from brainfound.finetuning.auto.linear import losses, mean_and_error, mean_by_subject
-from brainfound.finetuning.tasks import Task
+from brainfound.finetuning.auto.recipe import AutoRecipe
+from brainfound.finetuning.linear_models import subject_group_indices
+from brainfound.finetuning.splits import stratification_labels
+from brainfound.finetuning.tasks import TargetColumn, Task, VolumeTask
+from brainfound.finetuning.tasks.classification import MultiLabelClassification
+from brainfound.training.randomness import INITIALISATION, derive_seed
 
 TRIVIAL, AVERAGE = "trivial", "average"
 FINISHED = "finished"
@@ -158,3 +168,42 @@ class Judge:
 def _better_half(scores: np.ndarray) -> np.ndarray:
     """The places of the lower half of the losses, and of one more where their number is odd."""
     return np.argsort(scores, kind="stable")[: (len(scores) + 1) // 2]
+
+
+def make_judge(recipe: AutoRecipe, store: Store, column: TargetColumn, pool: np.ndarray, task: Task) -> Judge:
+    """The judge with its inner folds; UsageError where there are too few subjects."""
+    names = get_split_groups(store)[0]
+    groups = names[pool].tolist()
+    smallest = 2 * recipe.inner_folds
+    if len(set(groups)) < smallest:
+        raise UsageError(
+            "too few subjects to choose a model by cross-validation",
+            where="train and validation part",
+            got=len(set(groups)),
+            expected=f"at least {smallest}",
+            remedy="Add subjects, lower --set inner_folds=3, or train one model with finetune-regression",
+        )
+    strata = {column.name: stratification_labels(store, pool, column.columns)}
+    values = task.values(store, pool.tolist())
+    repeats: list[list[Fold]] = []
+    for repeat in range(recipe.inner_repeats):
+        folds = dividing.k_folds(groups, recipe.inner_folds, derive_seed(INITIALISATION, recipe.seed) + repeat, strata)
+        repeats.append([(part["train"], part["test"]) for part in folds])
+    if isinstance(task, VolumeTask):
+        _require_classes(task, task.values(store, pool.tolist()), repeats, column.name)
+    values = np.zeros(len(pool)) if values is None else values  # the labels of a segmentation are in the stacks
+    return Judge(task, values, subject_group_indices(names.tolist(), pool), repeats)
+
+
+def _require_classes(task: VolumeTask, values: np.ndarray, repeats: Sequence[Sequence[Fold]], column: str) -> None:
+    """Refuse a class that is not in every inner training fold."""
+    for train, _ in chain.from_iterable(repeats):
+        several = isinstance(task, MultiLabelClassification)
+        missing = task.absent_names(values[train]) + (task.absent_names(1 - values[train]) if several else [])
+        if missing:
+            raise UsageError(
+                f"a class has too few subjects for {len(repeats[0])} inner folds",
+                where=f"column {column}",
+                got=missing[0],
+                remedy="Join it to another class, or leave its cells empty",
+            )

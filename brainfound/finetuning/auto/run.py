@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +23,23 @@ from torch import Tensor
 
 from brainfound.adapters.attach import AdapterRecipe, attach_adapter, count_parameters
 from brainfound.adapters.bundle_reader import tensors_hash
-from brainfound.data.splits import dividing
-from brainfound.data.splits.split_file import get_split_groups
 from brainfound.data.store import Store
 from brainfound.data.store.store import restrict_contrasts
 from brainfound.errors import UsageError
 from brainfound.files import nan_as_none, require_json, write_atomically
 from brainfound.finetuning.auto.features import FoldedModel, LinearModel, fold, volume_features
-from brainfound.finetuning.auto.judge import AVERAGE, FINISHED, TRIVIAL, Choice, Fold, Judge, Result
+from brainfound.finetuning.auto.judge import AVERAGE, FINISHED, TRIVIAL, Choice, Judge, Result, make_judge
 from brainfound.finetuning.auto.linear import as_answer, fit_candidate, trivial_scores
 from brainfound.finetuning.auto.recipe import CHANGEABLE_ON_RESUME, AutoRecipe, LinearCandidate, resolve_auto_recipe
 from brainfound.finetuning.auto.trained import TrainedCandidates
 from brainfound.finetuning.embedding_cache import EmbeddingCache, slice_embeddings
 from brainfound.finetuning.finetune import score_and_export
 from brainfound.finetuning.frozen_baseline import VolumeLinearProbe, score_frozen_baseline
-from brainfound.finetuning.linear_models import LabelledFeatures, standardise, subject_group_indices
+from brainfound.finetuning.linear_models import LabelledFeatures, standardise
 from brainfound.finetuning.scoring import SUBJECT_ROW, SessionScores
-from brainfound.finetuning.splits import resolve_split_file, split_sessions, stratification_labels, write_split
-from brainfound.finetuning.tasks import Regression, TargetColumn, Task, VolumeTask, resolve
+from brainfound.finetuning.splits import resolve_split_file, split_sessions, write_split
+from brainfound.finetuning.tasks import Regression, TargetColumn, VolumeTask, resolve
 from brainfound.finetuning.tasks.base import MASK
-from brainfound.finetuning.tasks.classification import MultiLabelClassification
 from brainfound.finetuning.training_task import FinetuneTask, FrozenBaselineResult
 from brainfound.metrics.registry import METRICS, format_score
 from brainfound.models import BrainFoundModel
@@ -123,7 +119,7 @@ def finetune_auto(
         _require_plain_head(task)
         task.check_parts(store, {**parts, "train": pool}, console.print)
         name = run_folder.short_name(model) if Path(model).exists() else str(model)
-        judge = _make_judge(content, store, column, pool, task)
+        judge = make_judge(content, store, column, pool, task)
         facts = run_folder.common_run_info(store, accelerator, content.seed)
         facts |= {"kind": "finetune", "model": name, "target": task.to_dict()}
         if resume:
@@ -186,45 +182,6 @@ def _require_plain_head(task: Any) -> None:
             "Leave task.head out, or train with finetune-regression",
         )
         raise UsageError(what, where="task.head", got=task.settings.head, expected="point", remedy=remedy)
-
-
-def _make_judge(recipe: AutoRecipe, store: Store, column: TargetColumn, pool: np.ndarray, task: Task) -> Judge:
-    """The judge with its inner folds; UsageError where there are too few subjects."""
-    names = get_split_groups(store)[0]
-    groups = names[pool].tolist()
-    smallest = 2 * recipe.inner_folds
-    if len(set(groups)) < smallest:
-        raise UsageError(
-            "too few subjects to choose a model by cross-validation",
-            where="train and validation part",
-            got=len(set(groups)),
-            expected=f"at least {smallest}",
-            remedy="Add subjects, lower --set inner_folds=3, or train one model with finetune-regression",
-        )
-    strata = {column.name: stratification_labels(store, pool, column.columns)}
-    values = task.values(store, pool.tolist())
-    repeats: list[list[Fold]] = []
-    for repeat in range(recipe.inner_repeats):
-        folds = dividing.k_folds(groups, recipe.inner_folds, derive_seed(INITIALISATION, recipe.seed) + repeat, strata)
-        repeats.append([(part["train"], part["test"]) for part in folds])
-    if isinstance(task, VolumeTask):
-        _require_classes(task, task.values(store, pool.tolist()), repeats, column.name)
-    values = np.zeros(len(pool)) if values is None else values  # the labels of a segmentation are in the stacks
-    return Judge(task, values, subject_group_indices(names.tolist(), pool), repeats)
-
-
-def _require_classes(task: VolumeTask, values: np.ndarray, repeats: Sequence[Sequence[Fold]], column: str) -> None:
-    """Refuse a class that is not in every inner training fold."""
-    for train, _ in chain.from_iterable(repeats):
-        several = isinstance(task, MultiLabelClassification)
-        missing = task.absent_names(values[train]) + (task.absent_names(1 - values[train]) if several else [])
-        if missing:
-            raise UsageError(
-                f"a class has too few subjects for {len(repeats[0])} inner folds",
-                where=f"column {column}",
-                got=missing[0],
-                remedy="Join it to another class, or leave its cells empty",
-            )
 
 
 @dataclass
